@@ -1,0 +1,156 @@
+//! Bytes and names on one store: the only file I/O of the crate.
+//!
+//! Owns: opening, reading, writing, moving, naming and locking files below one root. Does not own: what is
+//! in them. [`Backend`] is a store, [`StoreFile`] one open file on it; [`posix`] is a directory of a mount,
+//! [`memory`] a store for tests and simulation, [`faulty`] wraps either and fails, delays or counts calls.
+//! All pass one conformance suite ([`conformance`]). Only [`publish`] gives a file the name of another.
+//!
+//! Crash rule: after a successful [`StoreFile::sync`] the file's bytes and length survive a power cut; after
+//! a successful [`Backend::sync_dir`] so do the names in that directory. Nothing else is promised.
+//!
+//! All calls block. None of them follows a symbolic link or leaves the root, whatever the names say.
+
+pub mod conformance;
+mod error;
+pub mod faulty;
+pub mod memory;
+pub mod posix;
+pub mod publish;
+mod types;
+
+use std::any::Any;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+pub use error::{BackendError, Result};
+pub use types::{
+    Capabilities, DirEntry, FileId, FileKind, Identity, ImageLocks, Means, Move, Moved, Space, Stat,
+};
+
+use crate::ids::StorePath;
+
+/// One store.
+///
+/// Contract of every implementation: a path is resolved below the root, component by component, and a
+/// symbolic link in it (also as last component) is [`BackendError::NotPlain`]; errors name the path; no call
+/// retries a failed `sync`.
+pub trait Backend: Send + Sync + Debug {
+    /// What messages call the store: the directory, or the URL.
+    fn describe(&self) -> String;
+
+    /// Opens a regular file for reading. Never blocks on a pipe or device: anything but a regular file is
+    /// [`BackendError::NotPlain`].
+    fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>>;
+
+    /// Opens a regular file for reading and writing.
+    fn open_writable(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>>;
+
+    /// Makes a new empty file of mode 0600, open for reading and writing;
+    /// [`BackendError::AlreadyExists`] if the name is taken, decided atomically by the store.
+    fn create(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>>;
+
+    /// Facts about a name, without following a symbolic link in the last component.
+    fn stat(&self, path: &StorePath) -> Result<Stat>;
+
+    /// The names in a directory, without `.` and `..`, in no order. A name that is no valid component is
+    /// given with `name: Err(lossy text)`.
+    fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>>;
+
+    /// All names below a directory down to `max_depth` levels (1: its own entries), parents before
+    /// children, sorted by name within a directory, iterative; `skip` names directories (by their path)
+    /// not to enter. What cannot be read is reported as an error item and passed over.
+    fn walk(&self, path: &StorePath, max_depth: usize, skip: &dyn Fn(&StorePath) -> bool)
+    -> Vec<Result<WalkEntry>>;
+
+    /// Makes a directory of mode 0700 (`private`) or 0755; [`BackendError::AlreadyExists`] if it is there.
+    fn create_dir(&self, path: &StorePath, private: bool) -> Result<()>;
+
+    /// Removes a name of a file. The bytes go when the last name and the last open file are gone.
+    fn remove_file(&self, path: &StorePath) -> Result<()>;
+
+    /// Removes an empty directory.
+    fn remove_dir(&self, path: &StorePath) -> Result<()>;
+
+    /// Gives a file another name, replacing what had it, atomically. Only [`publish`] calls this. If both
+    /// names are one file, POSIX does nothing and reports success: callers compare file ids first.
+    fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()>;
+
+    /// Gives a file one more name; [`BackendError::AlreadyExists`] if it is taken.
+    fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()>;
+
+    /// Makes the names of a directory durable.
+    fn sync_dir(&self, path: &StorePath) -> Result<()>;
+
+    /// Free and total bytes.
+    fn space(&self) -> Result<Space>;
+
+    /// Takes an exclusive advisory lock on a (created if missing) file of qchain's own, without waiting;
+    /// `None` if another process has it. Dropping the guard frees it. A local hint only.
+    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>>;
+
+    /// Finds out, by trying in `scratch` (an existing directory of qchain's own), what the store can do.
+    /// Leaves nothing behind.
+    fn probe(&self, scratch: &StorePath) -> Result<Capabilities>;
+}
+
+/// One name found by [`Backend::walk`].
+#[derive(Clone, Debug)]
+pub struct WalkEntry {
+    /// Its path, or the lossy text of one that is no valid path.
+    pub path: std::result::Result<StorePath, String>,
+    /// What it is.
+    pub kind: FileKind,
+}
+
+/// One open file. Positions are absolute; there is no cursor. Safe to use from many threads.
+pub trait StoreFile: Send + Sync + Debug {
+    /// For an implementation to recognise its own files as sources of a move.
+    fn as_any(&self) -> &dyn Any;
+
+    /// The name it was opened by.
+    fn path(&self) -> &StorePath;
+
+    /// Facts about the open file, whatever its names are now.
+    fn stat(&self) -> Result<Stat>;
+
+    /// Reads at `offset` until `buffer` is full or the file ends; the count is short only at the end.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize>;
+
+    /// Writes all of `data` at `offset`, growing the file if need be; new bytes in between are zeros.
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<()>;
+
+    /// Sets the length; new bytes are zeros and take no space.
+    fn set_length(&self, length: u64) -> Result<()>;
+
+    /// Moves runs from `sources` (each `Move::source` is an index) into this file by the means given:
+    /// [`Means::Clone`] shares extents and fails with [`BackendError::CannotClone`] where the file system
+    /// or the alignment forbids it (parts of a file-system block at a source's very end are copied);
+    /// [`Means::Copy`] does whatever is fastest. Runs may come from files of another backend when copying.
+    /// Bytes past a source's end are zeros and are left as a hole. Runs do not overlap in the target.
+    /// On an error some runs may have been moved.
+    fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved>;
+
+    /// Makes bytes and length durable. After an error the file must be given up, never synced again.
+    fn sync(&self) -> Result<()>;
+
+    /// Asks that the next read come from the store and not from a cache; does what it can.
+    fn drop_cache(&self) -> Result<()>;
+
+    /// Owner, group, mode, ACL and extended attributes.
+    fn identity(&self) -> Result<Identity>;
+
+    /// Gives the file that identity and reads it back; [`BackendError::Squashed`] if it did not take.
+    fn set_identity(&self, identity: &Identity) -> Result<()>;
+
+    /// Which of QEMU's image locks other processes hold on the file, as far as this host can see.
+    fn image_locks(&self) -> Result<ImageLocks>;
+}
+
+/// Reads exactly `buffer.len()` bytes, zeros past the end of the file: how QEMU reads an image file.
+pub fn read_padded(file: &dyn StoreFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+    let count = file.read_at(offset, buffer)?;
+    if let Some(rest) = buffer.get_mut(count..) {
+        rest.fill(0);
+    }
+    Ok(())
+}

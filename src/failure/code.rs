@@ -1,0 +1,367 @@
+//! The reason codes: one enum, kebab-case outside, never reused for another meaning.
+
+use std::fmt;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// Worth knowing; nothing is wrong.
+    Info,
+    /// Wrong, but every snapshot still reads right.
+    Warning,
+    /// Some snapshot cannot be read right.
+    Error,
+}
+
+impl Severity {
+    /// The word that `--json` shows.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+macro_rules! codes {
+    ($($(#[doc = $doc:expr])+ $name:ident = $text:literal, $severity:ident,
+        $meaning:literal, $risk:literal, $todo:literal;)+) => {
+        /// A stable reason code of a finding, a refusal or a failure.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Code { $($(#[doc = $doc])+ $name,)+ }
+
+        impl Code {
+            /// Every code, in the order of `qchain explain --list`.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// The code as it is printed.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $text,)+ }
+            }
+
+            /// How bad a finding with this code is.
+            #[must_use]
+            pub fn severity(self) -> Severity {
+                match self { $(Self::$name => Severity::$severity,)+ }
+            }
+
+            /// What it means, in a sentence.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $meaning,)+ }
+            }
+
+            /// What is at risk.
+            #[must_use]
+            pub fn risk(self) -> &'static str {
+                match self { $(Self::$name => $risk,)+ }
+            }
+
+            /// What to do about it.
+            #[must_use]
+            pub fn advice(self) -> &'static str {
+                match self { $(Self::$name => $todo,)+ }
+            }
+        }
+    };
+}
+
+codes! {
+    /// A backing name leads to no known member.
+    MissingParent = "missing-parent", Error,
+        "The image names a backing file that is no member of any configured store.",
+        "The member and all above it cannot be read beyond what they hold themselves.",
+        "Configure the other stores of the zone (--store), or the prefix under which hosts mount this one (url, alias); otherwise restore the file.";
+    /// Backing names form a circle.
+    Cycle = "cycle", Error,
+        "Following the backing names leads back to the same member.",
+        "No member of the circle can be read.",
+        "Find out who wrote the names; the right parent is in CloudStack's snapshot_store_ref and in the checkpoint file.";
+    /// A backing name has a prefix nobody configured, but its tail fits one member.
+    UnknownPrefix = "unknown-prefix", Warning,
+        "A backing name starts with a path that belongs to no configured store; its tail from snapshots/ fits just one member, which is taken.",
+        "None while the guess is right.",
+        "Add the store's url, or the prefix as an alias.";
+    /// A backing name fits several members.
+    AmbiguousParent = "ambiguous-parent", Error,
+        "A backing name fits members of several stores and no prefix decides between them.",
+        "Reading the chain would be a guess, so it is not done.",
+        "Give each store its url or an alias.";
+    /// A backing name that is no path of a store at all.
+    OutsideName = "outside-name", Error,
+        "A backing name points outside every store (a protocol, a json: description, an escape by .., a NUL byte, an overlong name). It was not opened.",
+        "Opening it would read something that is no snapshot; it may be an attack.",
+        "Treat the image as hostile until its origin is known.";
+    /// The file ends before something it refers to.
+    Truncated = "truncated", Error,
+        "The file ends before data or tables that it refers to.",
+        "What lay past the end is lost; QEMU reads zeros there without a word.",
+        "Restore the file from a copy; do not merge it.";
+    /// Not a qcow2 image.
+    NotQcow2 = "not-qcow2", Error,
+        "The file does not begin as a qcow2 image does.",
+        "It cannot be read as a member.",
+        "See what wrote it; files of other hypervisors are left alone.";
+    /// A backing format other than qcow2.
+    WrongFormat = "wrong-format", Error,
+        "The image says that its backing file has another format than qcow2.",
+        "Reading it as qcow2, or the other way round, gives wrong data.",
+        "Check the backing file; correct the name with qemu-img rebase -u -F qcow2.";
+    /// A header field breaks the format.
+    BadHeader = "bad-header", Error,
+        "A field of the qcow2 header is outside what the format or QEMU allows.",
+        "The image cannot be read.",
+        "Restore the file from a copy.";
+    /// A table is larger than any real image needs.
+    HugeTable = "huge-table", Error,
+        "A table is declared larger than QEMU itself allows; no memory was taken for it.",
+        "The image cannot be read; it may be an attack.",
+        "Treat the image as hostile until its origin is known.";
+    /// A table entry breaks the format.
+    BadEntry = "bad-entry", Error,
+        "An entry of an L1, L2 or refcount table is misaligned, out of range, or has reserved bits set.",
+        "The guest range behind the entry cannot be read.",
+        "Restore the file from a copy; qemu-img check tells more.";
+    /// Two guest clusters share one host cluster.
+    SharedCluster = "shared-cluster", Error,
+        "Two places of the image refer to the same host cluster, which no writer of snapshots does.",
+        "A small file can claim endless data; a merge would multiply it.",
+        "Treat the image as hostile until its origin is known.";
+    /// Metadata overlaps metadata or data.
+    Overlap = "overlap", Error,
+        "Two structures of the image lie on the same bytes.",
+        "Writing to the image through QEMU would destroy data; reading may already be wrong.",
+        "Restore the file from a copy; qemu-img check tells more.";
+    /// A refcount is lower than the references found.
+    RefcountTooLow = "refcount-too-low", Error,
+        "A cluster is used more often than its reference count says.",
+        "A writer would take the cluster for free and overwrite it. Reading is right.",
+        "Merge the member away, or run qemu-img check -r all on a copy.";
+    /// A refcount is higher than the references found.
+    LeakedCluster = "leaked-cluster", Info,
+        "A cluster is counted as used, but nothing refers to it.",
+        "None but the space.",
+        "A merge of the member leaves the leak behind.";
+    /// The COPIED flag disagrees with the refcount.
+    CopiedFlag = "copied-flag", Error,
+        "An entry's COPIED flag disagrees with the cluster's reference count.",
+        "A writer may change a shared cluster, or copy one needlessly. Reading is right.",
+        "Run qemu-img check -r all on a copy.";
+    /// The dirty bit is set.
+    Dirty = "dirty", Info,
+        "The image was not closed cleanly; with lazy refcounts its reference counts may be behind.",
+        "None for reading.",
+        "Nothing; a merge writes fresh counts.";
+    /// The corrupt bit is set.
+    MarkedCorrupt = "marked-corrupt", Error,
+        "QEMU itself marked the image corrupt.",
+        "What it reads may be wrong.",
+        "Restore the file from a copy.";
+    /// The image has an external data file.
+    DataFile = "data-file", Error,
+        "The image keeps its data in another file. That file was not opened.",
+        "Reading it would open a name that the image chose.",
+        "Convert the image with QEMU if its origin is trusted.";
+    /// The image is encrypted.
+    Encrypted = "encrypted", Error,
+        "The image is encrypted (AES or LUKS); the storage side has no key.",
+        "None; it is left alone.",
+        "Manage encrypted snapshots on the hypervisor.";
+    /// An incompatible feature bit that is not known.
+    UnknownFeature = "unknown-feature", Error,
+        "The header has an incompatible feature bit that this version does not know.",
+        "Reading it could give wrong data.",
+        "Use a newer qchain, or convert the image with QEMU.";
+    /// A compressed cluster does not decompress.
+    BadCompression = "bad-compression", Error,
+        "A compressed cluster does not decompress to one cluster.",
+        "The guest range of that cluster is lost.",
+        "Restore the file from a copy.";
+    /// The member holds internal snapshots.
+    HasInternalSnapshots = "has-internal-snapshots", Warning,
+        "The image holds internal snapshots; a merge would drop them.",
+        "None; reading is right.",
+        "Remove them with qemu-img snapshot -d before deleting or merging this member.";
+    /// The member holds persistent bitmaps.
+    HasBitmaps = "has-bitmaps", Warning,
+        "The image holds persistent dirty bitmaps; a merge would drop them.",
+        "None; reading is right.",
+        "Remove them with qemu-img bitmap --remove before deleting or merging this member.";
+    /// The chain is deeper than any chain may be.
+    TooDeep = "too-deep", Error,
+        "The chain has more members than qchain reads in one go.",
+        "None by itself; QEMU cannot open such a chain either.",
+        "Delete members in the middle of the chain first.";
+    /// The member is still being made.
+    Incoming = "incoming", Info,
+        "The member is still being made: QEMU writes it, or its checkpoint file is missing or names another parent, or it changed a moment ago.",
+        "Changing it would spoil a backup that is running.",
+        "Wait for the backup to end. --now waives only the time since its last change.";
+    /// QEMU has the member open for writing.
+    Locked = "locked", Info,
+        "Some process holds QEMU's image lock on the member.",
+        "Changing it would pull data from under that process.",
+        "Find the process (lslocks) and wait for it.";
+    /// CloudStack does not say that the member was deleted.
+    NotDeletable = "not-deletable", Error,
+        "CloudStack's records do not show the member as Hidden or Destroyed.",
+        "Merging it away would delete a snapshot that a user still has.",
+        "Give the rows with --records, or say --assume-deleted if you know better.";
+    /// The newest member of a chain.
+    EndOfChain = "end-of-chain", Error,
+        "The member is the newest of its chain: the hypervisor will name it as parent of its next increment.",
+        "The next increment would have no parent.",
+        "Delete it with --end-of-chain, only if the chain has been ended in CloudStack.";
+    /// The directory was never given to qchain.
+    NotInitialised = "not-initialised", Error,
+        "The directory has no .qchain/store.json: it was never opted in, is not mounted, or is another mount.",
+        "A change in the wrong directory.",
+        "Check the mount; then qchain init --store DIR.";
+    /// The store's format is newer than this program.
+    NewerStore = "newer-store", Error,
+        "The store was written by a newer qchain that asks older ones to keep off.",
+        "An older program may undo what it does not know.",
+        "Use the newer version; reading verbs still work.";
+    /// A store of the zone is not configured or not there.
+    StoreAbsent = "store-absent", Error,
+        "A store that belongs to the zone is not configured or not present, so children on it cannot be ruled out.",
+        "A child on that store would lose its parent.",
+        "Mount it and name it with --store; or run init again if the zone has changed.";
+    /// Nothing has that name.
+    NotFound = "not-found", Error,
+        "No member has that name.",
+        "None.",
+        "See qchain list.";
+    /// A name fits several members.
+    Ambiguous = "ambiguous", Error,
+        "The name fits several members.",
+        "None; nothing was done.",
+        "Give the install path, with STORE: before it if need be.";
+    /// The command line is wrong.
+    Usage = "usage", Error,
+        "The command line or the configuration is wrong.",
+        "None; nothing was done.",
+        "See qchain --help.";
+    /// Not confirmed.
+    NotConfirmed = "not-confirmed", Error,
+        "The change was not confirmed.",
+        "None; nothing was done.",
+        "Say --yes where there is no terminal to ask on.";
+    /// Read-only.
+    ReadOnly = "read-only", Error,
+        "A changing command was called with --read-only.",
+        "None; nothing was done.",
+        "Leave --read-only away.";
+    /// Another operation is at work on the store.
+    StoreBusy = "store-busy", Info,
+        "Another qchain changes this store or tree now.",
+        "None.",
+        "Wait for it.";
+    /// The forced mode is not possible here.
+    ModeImpossible = "mode-impossible", Error,
+        "The mode asked for cannot be used here.",
+        "None; nothing was done.",
+        "Use --mode auto, or read the reason in the message.";
+    /// Owner or attributes cannot be kept.
+    Squashed = "squashed", Error,
+        "The new file could not be given the owner, group, mode, ACL or attributes of the old one.",
+        "Hypervisors might no longer be able to read the member.",
+        "Run as the files' owner or as root on an export without root squash.";
+    /// A checkpoint file cannot be edited.
+    CheckpointUnreadable = "checkpoint-unreadable", Error,
+        "A checkpoint file that must follow the change cannot be read as libvirt's XML.",
+        "The next incremental backup of that volume could fail.",
+        "Look at the file; --force leaves it as it is.";
+    /// The proof failed.
+    ProofFailed = "proof-failed", Error,
+        "The new image, read again from the store, does not resolve to the same sources as the old chain. It was thrown away.",
+        "None: the old files were not touched. It is a bug or failing storage.",
+        "Report it with the log; check the storage.";
+    /// A file changed while it was used.
+    ChangedMeanwhile = "changed-meanwhile", Error,
+        "A file was changed or replaced by somebody else while the operation ran.",
+        "None: the operation stopped before its decision.",
+        "Try again when the other actor is done.";
+    /// A file name that cannot be a member's name.
+    BadName = "bad-name", Warning,
+        "A name on the store is no UTF-8, too long, or has control characters.",
+        "It is not managed.",
+        "Rename or remove the file.";
+    /// A symlink or special file where a member would be.
+    SpecialFile = "special-file", Warning,
+        "A symbolic link, device, socket or pipe lies where a member would be. It was not followed or opened.",
+        "It is not managed.",
+        "Find out who made it.";
+    /// A file has several names.
+    HardLinked = "hard-linked", Warning,
+        "The file has more than one name.",
+        "Changing one name leaves the other with the old content.",
+        "Find the other name (find -samefile).";
+    /// Not enough space.
+    NoSpace = "no-space", Error,
+        "There is not enough free space on the store.",
+        "None; the operation stopped and its files were removed.",
+        "Free the bytes named in the message.";
+    /// The records could not be read.
+    BadRecords = "bad-records", Error,
+        "The file given with --records is not the output of scripts/export-records.sql.",
+        "None; nothing was done.",
+        "Export it again with mysql --batch.";
+    /// A row whose file is missing.
+    RowWithoutFile = "row-without-file", Warning,
+        "CloudStack's records name a file that is not on the store.",
+        "The snapshot cannot be restored.",
+        "See whether another store has it.";
+    /// Input or output failed.
+    Io = "io", Error,
+        "Reading or writing failed.",
+        "Unknown until the storage is looked at; published files are never half-written.",
+        "See the message and the kernel's log.";
+    /// The user stopped it.
+    Cancelled = "cancelled", Info,
+        "The operation was stopped by the user.",
+        "None; what was not published was removed.",
+        "Run it again.";
+    /// A capability is missing.
+    Unsupported = "unsupported", Error,
+        "The store or the image lacks something that the operation needs.",
+        "None; nothing was done.",
+        "See the message.";
+}
+
+impl Code {
+    /// The code with that printed form.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|code| code.as_str() == text)
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Code;
+
+    #[test]
+    fn every_code_is_kebab_case_unique_and_explained() {
+        let mut seen = std::collections::BTreeSet::new();
+        for code in Code::ALL {
+            let text = code.as_str();
+            assert!(seen.insert(text), "{text} twice");
+            assert!(text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'), "{text}");
+            assert_eq!(Code::parse(text), Some(*code));
+            for sentence in [code.meaning(), code.risk(), code.advice()] {
+                assert!(sentence.ends_with('.'), "{text}: {sentence}");
+            }
+        }
+        assert_eq!(Code::parse("no-such-code"), None);
+    }
+}

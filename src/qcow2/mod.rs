@@ -1,0 +1,29 @@
+//! One qcow2 image: header, tables, refcounts, compressed clusters, map, layout, check.
+//!
+//! Owns: the format (`FORMAT.md`, beside this file), for reading and for writing whole images. Does not own:
+//! how images relate (`chain`), names and files (`backend`), or what to make of a finding.
+//!
+//! - [`header`], [`tables`], [`refcount`], [`compressed`]: bytes in, values out, and back. Pure.
+//! - [`map`]: an image's own allocation as an iterator of runs; the types every layer above speaks in.
+//! - [`image`]: an open image: a file, its header, windows of its tables.
+//! - [`layout`]: the byte-exact plan of an image to be, as a pure function of a map.
+//! - [`check`]: refcounts, overlaps, metadata past the end: findings, not errors.
+//!
+//! Every number from a file is untrusted: sizes are capped before memory is taken, arithmetic is checked,
+//! walks are bounded, and no name inside an image is ever opened.
+#![doc = include_str!("FORMAT.md")]
+
+pub mod check;
+pub mod compressed;
+mod error;
+pub mod header;
+pub mod image;
+pub mod layout;
+pub mod map;
+pub mod refcount;
+pub mod tables;
+
+pub use error::{ImageError, Result};
+pub use header::{BackingName, CompressionType, Header};
+pub use image::Image;
+pub use map::{CompressedCluster, Content, Extent, ExtentKind, Run};
