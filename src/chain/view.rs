@@ -1,1 +1,245 @@
-//! (being written)
+//! The view through a chain: several images' extents resolved to one map.
+//!
+//! Layers are given newest first. At each guest offset the newest layer that says something decides; a layer
+//! says "zero" for everything at or past its own virtual size, whatever lies below it (design, section 4).
+//! What no layer decides is [`Content::Below`].
+//!
+//! Memory: one cursor a layer, each with whatever window its extents hold. Time: runs of the result times
+//! the layers above each.
+
+use crate::qcow2::map::{Content, Extent, ExtentKind, Run, coalesce};
+use crate::units::GuestOffset;
+
+/// How many extents a cursor steps over before it asks its layer for a new start instead.
+const STEPS_BEFORE_SEEK: usize = 32;
+
+/// One image as a view sees it.
+pub trait Layer: Clone {
+    /// What reading its tables can fail with.
+    type Error;
+    /// Its own extents.
+    type Extents: Iterator<Item = Result<Extent, Self::Error>>;
+
+    /// Its virtual size in bytes.
+    fn virtual_size(&self) -> u64;
+
+    /// Its extents from `from` (below the virtual size) to its virtual size, in order, without gaps.
+    fn extents(&self, from: GuestOffset) -> Self::Extents;
+}
+
+/// The map of `[from, to)` of the newest layer's disk (clipped at its virtual size), as maximal runs.
+/// After an error nothing follows.
+pub fn view<L: Layer>(
+    layers: &[L],
+    from: GuestOffset,
+    to: GuestOffset,
+) -> impl Iterator<Item = Result<Run, L::Error>> + use<L> {
+    let end = layers.first().map_or(0, Layer::virtual_size).min(to.0);
+    coalesce(View {
+        cursors: layers.iter().cloned().map(Cursor::new).collect(),
+        position: from,
+        end: GuestOffset(end),
+        failed: false,
+    })
+}
+
+struct View<L: Layer> {
+    cursors: Vec<Cursor<L>>,
+    position: GuestOffset,
+    end: GuestOffset,
+    failed: bool,
+}
+
+impl<L: Layer> View<L> {
+    /// The run at the position, as far as one decision holds.
+    fn resolve(&mut self) -> Result<Run, L::Error> {
+        let start = self.position;
+        let mut end = self.end;
+        for (layer, cursor) in self.cursors.iter_mut().enumerate() {
+            let Some(extent) = cursor.at(start)? else {
+                return Ok(run(start, end, Content::Zero));
+            };
+            end = end.min(extent.end());
+            let content = match extent.kind {
+                ExtentKind::Below => continue,
+                ExtentKind::Zero => Content::Zero,
+                ExtentKind::Data { host } => {
+                    Content::Data { layer, host: host.plus(start.0 - extent.start.0) }
+                }
+                ExtentKind::Compressed(cluster) => Content::Compressed { layer, cluster },
+            };
+            return Ok(run(start, end, content));
+        }
+        Ok(run(start, end, Content::Below))
+    }
+}
+
+fn run(start: GuestOffset, end: GuestOffset, content: Content) -> Run {
+    Run { start, length: end.0 - start.0, content }
+}
+
+impl<L: Layer> Iterator for View<L> {
+    type Item = Result<Run, L::Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed || self.position >= self.end {
+            return None;
+        }
+        let resolved = self.resolve();
+        match &resolved {
+            Ok(run) => self.position = run.end(),
+            Err(_) => self.failed = true,
+        }
+        Some(resolved)
+    }
+}
+
+/// One layer's extents, moving up with the view.
+struct Cursor<L: Layer> {
+    layer: L,
+    extents: Option<L::Extents>,
+    current: Option<Extent>,
+}
+
+impl<L: Layer> Cursor<L> {
+    fn new(layer: L) -> Self {
+        Self { layer, extents: None, current: None }
+    }
+
+    /// The extent that holds `offset`; `None` at or past the layer's end. Offsets only go up.
+    fn at(&mut self, offset: GuestOffset) -> Result<Option<Extent>, L::Error> {
+        if offset.0 >= self.layer.virtual_size() {
+            return Ok(None);
+        }
+        for _ in 0..STEPS_BEFORE_SEEK {
+            if let Some(extent) = self.current
+                && extent.start <= offset
+                && offset < extent.end()
+            {
+                return Ok(Some(extent));
+            }
+            let Some(extents) = &mut self.extents else { break };
+            self.current = extents.next().transpose()?;
+            if self.current.is_none() {
+                break;
+            }
+        }
+        let mut extents = self.layer.extents(offset);
+        self.current = extents.next().transpose()?;
+        self.extents = Some(extents);
+        // An image that ends before its own virtual size has nothing more to say: see below.
+        let rest = self.layer.virtual_size() - offset.0;
+        Ok(Some(self.current.unwrap_or(Extent { start: offset, length: rest, kind: ExtentKind::Below })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Layer, view};
+    use crate::qcow2::map::{CompressedCluster, Content, Extent, ExtentKind, Run};
+    use crate::units::{GuestOffset, HostOffset};
+
+    /// A layer of 16-byte cells: 0 below, 1 zero, 2 data at cell*16 (+1000), 3 a compressed cell.
+    #[derive(Clone, Debug)]
+    struct Cells(Vec<u8>, u64);
+
+    impl Layer for Cells {
+        type Error = String;
+        type Extents = std::vec::IntoIter<Result<Extent, String>>;
+
+        fn virtual_size(&self) -> u64 {
+            self.1
+        }
+
+        fn extents(&self, from: GuestOffset) -> Self::Extents {
+            let mut all = Vec::new();
+            for (index, cell) in self.0.iter().enumerate() {
+                let cell_start = index as u64 * 16;
+                let start = cell_start.max(from.0);
+                let end = (cell_start + 16).min(self.1);
+                if start >= end {
+                    continue;
+                }
+                let guest = GuestOffset(cell_start);
+                let kind = match cell {
+                    0 => ExtentKind::Below,
+                    1 => ExtentKind::Zero,
+                    2 => ExtentKind::Data { host: HostOffset(start + 1000) },
+                    _ => ExtentKind::Compressed(CompressedCluster {
+                        guest,
+                        host: HostOffset(7),
+                        stored_bytes: 9,
+                    }),
+                };
+                all.push(Ok(Extent { start: GuestOffset(start), length: end - start, kind }));
+            }
+            all.into_iter()
+        }
+    }
+
+    /// Byte by byte, the slow and obvious way.
+    fn expected(layers: &[Cells], offset: u64) -> Content {
+        for (layer, cells) in layers.iter().enumerate() {
+            if offset >= cells.1 {
+                return Content::Zero;
+            }
+            let guest = GuestOffset(offset / 16 * 16);
+            match cells.0[usize::try_from(offset / 16).unwrap()] {
+                0 => {}
+                1 => return Content::Zero,
+                2 => return Content::Data { layer, host: HostOffset(offset + 1000) },
+                _ => {
+                    let cluster = CompressedCluster { guest, host: HostOffset(7), stored_bytes: 9 };
+                    return Content::Compressed { layer, cluster };
+                }
+            }
+        }
+        Content::Below
+    }
+
+    fn layer() -> impl Strategy<Value = Cells> {
+        (prop::collection::vec(0u8..4, 0..12), 0u64..16).prop_map(|(cells, cut)| {
+            let size = (cells.len() as u64 * 16).saturating_sub(cut);
+            Cells(cells, size)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_view_is_what_each_byte_resolves_to(
+            layers in prop::collection::vec(layer(), 1..5),
+            from in 0u64..64,
+            length in 1u64..200,
+        ) {
+            let to = GuestOffset(from + length);
+            let end = layers[0].1.min(to.0);
+            let runs: Vec<Run> = view(&layers, GuestOffset(from), to).collect::<Result<_, _>>().unwrap();
+            let mut position = from;
+            for (index, run) in runs.iter().enumerate() {
+                prop_assert_eq!(run.start.0, position);
+                prop_assert!(run.length > 0);
+                for offset in run.start.0..run.end().0 {
+                    let skipped = run.content.skip(offset - run.start.0);
+                    prop_assert_eq!(skipped, expected(&layers, offset), "offset {}", offset);
+                }
+                if index > 0 {
+                    prop_assert!(!runs[index - 1].continued_by(run), "runs are not maximal");
+                }
+                position = run.end().0;
+            }
+            prop_assert_eq!(position, end.max(from));
+        }
+    }
+
+    #[test]
+    fn what_lies_past_a_members_end_is_zero_also_over_a_longer_one() {
+        // P 128 over which A of 96, over which B of 128 that holds nothing.
+        let layers =
+            [Cells(vec![0; 8], 128), Cells(vec![0, 0, 0, 0, 2, 0], 96), Cells(vec![2; 8], 128)];
+        let runs: Vec<Run> = view(&layers, GuestOffset(0), GuestOffset(u64::MAX)).collect::<Result<_, _>>().unwrap();
+        let last = runs.last().unwrap();
+        assert_eq!((last.start.0, last.length, last.content), (96, 32, Content::Zero));
+    }
+}

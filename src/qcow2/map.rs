@@ -139,9 +139,7 @@ impl Content {
 }
 
 /// Joins runs that continue each other, so that the runs are maximal. A compressed cluster stays one run.
-pub fn coalesce<E>(
-    runs: impl Iterator<Item = Result<Run, E>>,
-) -> impl Iterator<Item = Result<Run, E>> {
+pub fn coalesce<E>(runs: impl Iterator<Item = Result<Run, E>>) -> impl Iterator<Item = Result<Run, E>> {
     Coalesce { runs, held: None, failed: None }
 }
 
@@ -190,11 +188,7 @@ mod tests {
     use crate::units::{GuestOffset, HostOffset};
 
     fn data(start: u64, length: u64, host: u64) -> Run {
-        Run {
-            start: GuestOffset(start),
-            length,
-            content: Content::Data { layer: 0, host: HostOffset(host) },
-        }
+        Run { start: GuestOffset(start), length, content: Content::Data { layer: 0, host: HostOffset(host) } }
     }
 
     fn zero(start: u64, length: u64) -> Run {
@@ -204,8 +198,7 @@ mod tests {
     #[test]
     fn coalescing_joins_only_what_continues() {
         let runs = [data(0, 10, 100), data(10, 5, 110), data(15, 5, 200), zero(20, 5), zero(25, 5)];
-        let joined: Vec<Run> =
-            coalesce(runs.into_iter().map(Ok::<_, ()>)).collect::<Result<_, _>>().unwrap();
+        let joined: Vec<Run> = coalesce(runs.into_iter().map(Ok::<_, ()>)).collect::<Result<_, _>>().unwrap();
         assert_eq!(joined, [data(0, 15, 100), data(15, 5, 200), zero(20, 10)]);
     }
 
