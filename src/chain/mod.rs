@@ -1,4 +1,8 @@
 //! How images relate: the graph of members, the view through a chain, and the planning of a merge. Pure:
 //! nodes hold plain facts, maps come in as iterators, nothing here sees a backend.
+//!
+//! - [`graph`]: members and their parents: trees, tips, ancestors, cycles.
+//! - [`view`]: what a guest reads through a chain.
 
+pub mod graph;
 pub mod view;
