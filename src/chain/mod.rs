@@ -2,7 +2,9 @@
 //! nodes hold plain facts, maps come in as iterators, nothing here sees a backend.
 //!
 //! - [`graph`]: members and their parents: trees, tips, ancestors, cycles.
+//! - [`delete`]: which merges and removals take a set of members away.
 //! - [`view`]: what a guest reads through a chain.
 
+pub mod delete;
 pub mod graph;
 pub mod view;
