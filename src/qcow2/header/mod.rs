@@ -1,5 +1,12 @@
-//! The header: fixed fields, extensions, backing name. Bytes in, values out, and back.
+//! The header: fixed fields, extensions, backing name. Bytes in, values out.
 
+mod parse;
+
+pub(crate) use parse::parse_prefix;
+
+use crate::failure::Code;
+use crate::qcow2::error::{ImageError, Result};
+use crate::qcow2::tables::{EntryFormat, L1_ENTRY_BYTES};
 use crate::units::{ClusterBits, HostOffset};
 
 /// A parsed and checked header.
@@ -38,6 +45,46 @@ pub struct Header {
     /// The bitmaps extension, if present *and* its autoclear bit is set; present with the bit clear
     /// means stale bitmaps, which count as none.
     pub bitmaps: Option<BitmapsExtension>,
+}
+
+impl Header {
+    /// Reads a header from the beginning of a file of `file_length` bytes; `image` is what errors call it.
+    ///
+    /// `bytes` are the file's first ones: the whole first cluster (or file) is always enough, as extensions
+    /// and backing name lie within it; the first 4 KiB are enough for what QEMU writes.
+    ///
+    /// Everything is checked that QEMU checks when it opens an image, and that the L1 table lies within
+    /// the file. Errors: `not-qcow2`, `bad-header`, `huge-table`, `truncated`, `marked-corrupt`, `encrypted`,
+    /// `data-file`, `unknown-feature`.
+    pub fn parse(image: &str, file_length: u64, bytes: &[u8]) -> Result<Self> {
+        parse_prefix(image, file_length, bytes)?.ok_or_else(|| ImageError::Bad {
+            image: image.to_owned(),
+            code: Code::Truncated,
+            detail: "the header goes on behind the bytes that were read".to_owned(),
+        })
+    }
+
+    /// How this image's L2 entries are written.
+    #[must_use]
+    pub fn entry_format(&self) -> EntryFormat {
+        EntryFormat {
+            cluster_bits: self.cluster_bits,
+            extended: self.extended_l2,
+            zero_flag: self.version >= 3,
+        }
+    }
+
+    /// The active L1 table's length in bytes: at most 32 MiB.
+    #[must_use]
+    pub fn l1_bytes(&self) -> u64 {
+        self.l1_entries.saturating_mul(L1_ENTRY_BYTES)
+    }
+
+    /// The refcount table's length in bytes: at most 8 MiB.
+    #[must_use]
+    pub fn refcount_table_bytes(&self) -> u64 {
+        self.refcount_table_clusters.saturating_mul(self.cluster_bits.bytes())
+    }
 }
 
 /// How clusters are compressed (header byte 104; zlib without it).
