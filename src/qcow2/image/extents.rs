@@ -1,0 +1,207 @@
+//! One image's allocation as an iterator of maximal runs.
+
+use crate::failure::Code;
+use crate::qcow2::error::{ImageError, Result};
+use crate::qcow2::image::{Image, Window};
+use crate::qcow2::map::{CompressedCluster, Extent, ExtentKind};
+use crate::qcow2::tables::{EntryFormat, L1_ENTRY_BYTES, L1Entry, L2Entry, Subcluster, Subclusters, word};
+use crate::units::{GuestOffset, HostOffset};
+
+/// The iterator of [`Image::extents`].
+///
+/// Bounds: memory is two table windows. An L1 entry without a table is one step. An image whose entries
+/// refer to more tables or data than its file can hold is `shared-cluster` before much of it is walked:
+/// of clusters that lie within the file, each can be referred to but once.
+#[derive(Debug)]
+pub struct Extents {
+    image: Image,
+    format: EntryFormat,
+    /// The first guest byte not yet looked up.
+    at: u64,
+    l1: Window,
+    l2: Window,
+    /// The L2 table in use: the L1 index it belongs to, and where it lies.
+    table: Option<(u64, Option<HostOffset>)>,
+    held: Option<Extent>,
+    failed: Option<ImageError>,
+    /// Bytes of tables and of data within the file that were referred to.
+    tables_seen: u64,
+    data_seen: u64,
+}
+
+impl Extents {
+    pub(super) fn new(image: Image, from: GuestOffset, window_bytes: usize) -> Self {
+        Self {
+            format: image.header().entry_format(),
+            image,
+            at: from.0,
+            l1: Window::new(window_bytes),
+            l2: Window::new(window_bytes),
+            table: None,
+            held: None,
+            failed: None,
+            tables_seen: 0,
+            data_seen: 0,
+        }
+    }
+
+    /// What is at `self.at`, up to the end of that subcluster run, cluster or L2 table's range.
+    fn piece(&mut self) -> Result<Extent> {
+        let start = GuestOffset(self.at);
+        let per_table = self.format.bytes_per_table();
+        let l1_index = self.at / per_table;
+        let Some(table) = self.table_of(l1_index)? else {
+            let end = (l1_index + 1).saturating_mul(per_table);
+            return Ok(self.clip(start, end - self.at, ExtentKind::Below));
+        };
+        let bits = self.format.cluster_bits;
+        let entry = self.entry(table, (self.at % per_table) >> bits.bits())?;
+        let within = bits.within(self.at);
+        let rest = bits.bytes() - within;
+        let (length, kind) = match entry {
+            L2Entry::Unallocated => (rest, ExtentKind::Below),
+            L2Entry::Zero { .. } => (rest, ExtentKind::Zero),
+            L2Entry::Data { host, .. } => (rest, ExtentKind::Data { host: host.plus(within) }),
+            L2Entry::Extended { host, subclusters, .. } => self.subclusters(host, subclusters, within),
+            L2Entry::Compressed { host, stored_bytes } => {
+                let guest = GuestOffset(self.at - within);
+                (rest, ExtentKind::Compressed(CompressedCluster { guest, host, stored_bytes }))
+            }
+        };
+        let piece = self.clip(start, length, kind);
+        self.account(&piece)?;
+        Ok(piece)
+    }
+
+    /// Where the L2 table of an L1 entry lies, if it has one.
+    fn table_of(&mut self, l1_index: u64) -> Result<Option<HostOffset>> {
+        if let Some((index, table)) = self.table
+            && index == l1_index
+        {
+            return Ok(table);
+        }
+        let header = self.image.header();
+        let (l1_offset, l1_bytes) = (header.l1_offset, header.l1_bytes());
+        let bytes =
+            self.l1.from(&self.image, l1_offset, l1_bytes, l1_index.saturating_mul(L1_ENTRY_BYTES))?;
+        // The header's check saw to it that the table covers the virtual size.
+        let raw = word(bytes, 0).unwrap_or_default();
+        let table = match L1Entry::decode(raw, self.format.cluster_bits) {
+            Ok(L1Entry::Unallocated) => None,
+            Ok(L1Entry::Table { host, .. }) => {
+                if host.0 >= self.image.file_length() {
+                    return Err(self.fail(
+                        Code::Truncated,
+                        &format!("the L2 table at {host} lies behind the file's end"),
+                    ));
+                }
+                self.tables_seen = self.tables_seen.saturating_add(self.format.cluster_bits.bytes());
+                self.within_file(self.tables_seen, "L2 tables")?;
+                Some(host)
+            }
+            Err(fault) => return Err(self.fail(Code::BadEntry, &format!("the L1 entry {raw:#018x} {fault}"))),
+        };
+        self.table = Some((l1_index, table));
+        Ok(table)
+    }
+
+    fn entry(&mut self, table: HostOffset, index: u64) -> Result<L2Entry> {
+        let offset = index * self.format.entry_bytes();
+        let table_bytes = self.format.cluster_bits.bytes();
+        let bytes = self.l2.from(&self.image, table, table_bytes, offset)?;
+        let raw = word(bytes, 0).unwrap_or_default();
+        let bitmap = if self.format.extended { word(bytes, 1).unwrap_or_default() } else { 0 };
+        self.format.decode(raw, bitmap).map_err(|fault| {
+            self.fail(
+                Code::BadEntry,
+                &format!("the L2 entry {raw:#018x} (subclusters {bitmap:#018x}) {fault}"),
+            )
+        })
+    }
+
+    /// The run of like subclusters at `within` of their cluster.
+    fn subclusters(
+        &self,
+        host: Option<HostOffset>,
+        subclusters: Subclusters,
+        within: u64,
+    ) -> (u64, ExtentKind) {
+        let size = self.format.subcluster_bytes();
+        let index = u32::try_from(within / size).unwrap_or_default();
+        let end = (u64::from(index) + u64::from(subclusters.run_from(index))) * size;
+        let kind = match (subclusters.state(index), host) {
+            (Subcluster::Allocated, Some(host)) => ExtentKind::Data { host: host.plus(within) },
+            (Subcluster::Zero, _) => ExtentKind::Zero,
+            // Allocated nowhere: the decoder has refused it.
+            (Subcluster::Unallocated | Subcluster::Allocated, _) => ExtentKind::Below,
+        };
+        (end - within, kind)
+    }
+
+    fn clip(&self, start: GuestOffset, length: u64, kind: ExtentKind) -> Extent {
+        let room = self.image.header().virtual_size.saturating_sub(start.0);
+        Extent { start, length: length.min(room), kind }
+    }
+
+    /// Counts a piece of data within the file.
+    fn account(&mut self, piece: &Extent) -> Result<()> {
+        if let ExtentKind::Data { host } = piece.kind
+            && host.0 < self.image.file_length()
+        {
+            self.data_seen = self.data_seen.saturating_add(piece.length);
+            self.within_file(self.data_seen, "data clusters")?;
+        }
+        Ok(())
+    }
+
+    fn within_file(&self, seen: u64, what: &str) -> Result<()> {
+        if seen > self.format.cluster_bits.round_up(self.image.file_length()) {
+            let detail = format!("more {what} are referred to than the file holds: some are shared");
+            return Err(self.fail(Code::SharedCluster, &detail));
+        }
+        Ok(())
+    }
+
+    fn fail(&self, code: Code, detail: &str) -> ImageError {
+        self.image.bad(code, format!("{}: {detail}", GuestOffset(self.at)))
+    }
+}
+
+/// Whether `next` goes on where `held` ends, in the guest and, for data, in the file.
+fn continues(held: &Extent, next: &Extent) -> bool {
+    match (held.kind, next.kind) {
+        (ExtentKind::Data { host: from }, ExtentKind::Data { host: to }) => from.plus(held.length) == to,
+        (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Below, ExtentKind::Below) => true,
+        _ => false,
+    }
+}
+
+impl Iterator for Extents {
+    type Item = Result<Extent>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let size = self.image.header().virtual_size;
+        while self.at < size && self.failed.is_none() {
+            match self.piece() {
+                Ok(piece) => {
+                    self.at = piece.end().0;
+                    match self.held {
+                        Some(ref mut held) if continues(held, &piece) => held.length += piece.length,
+                        Some(_) => return self.held.replace(piece).map(Ok),
+                        None => self.held = Some(piece),
+                    }
+                }
+                Err(error) => {
+                    self.at = size;
+                    self.failed = Some(error);
+                }
+            }
+        }
+        match self.held.take() {
+            Some(held) => Some(Ok(held)),
+            None => self.failed.take().map(Err),
+        }
+    }
+}
+
+impl std::iter::FusedIterator for Extents {}

@@ -1,0 +1,135 @@
+//! An open image: a file, its header, windows of its tables.
+
+mod extents;
+#[cfg(test)]
+pub(crate) mod testing;
+mod window;
+
+use std::sync::Arc;
+
+pub use extents::Extents;
+pub(crate) use window::Window;
+
+use crate::backend::{BackendError, StoreFile, read_padded};
+use crate::failure::Code;
+use crate::qcow2::compressed::decompress;
+use crate::qcow2::error::{ImageError, Result};
+use crate::qcow2::header::{Header, parse_prefix};
+use crate::qcow2::map::CompressedCluster;
+use crate::units::{ClusterBits, GuestOffset, HostOffset};
+
+/// How much of a file is read for its header at first; all that QEMU puts there fits.
+const FIRST_READ_BYTES: u64 = 4096;
+
+/// The window on each table that [`Image::extents`] takes, in bytes.
+pub const DEFAULT_WINDOW_BYTES: usize = 64 * 1024;
+
+/// The least window on a table, in bytes.
+pub const MIN_WINDOW_BYTES: usize = 4096;
+
+/// An image opened for reading. A clone shares the file and the header.
+#[derive(Clone, Debug)]
+pub struct Image {
+    file: Arc<dyn StoreFile>,
+    name: Arc<str>,
+    header: Arc<Header>,
+    file_length: u64,
+}
+
+impl Image {
+    /// Reads and checks the header of `file`; `name` is what errors call the image.
+    ///
+    /// Reads 4 KiB, and the rest of the first cluster (at most 2 MiB) only if the header goes on there.
+    /// Errors as [`Header::parse`], or the store's.
+    pub fn open(file: Arc<dyn StoreFile>, name: &str) -> Result<Self> {
+        let failed = |source: BackendError| ImageError::Store { image: name.to_owned(), source };
+        let file_length = file.stat().map_err(failed)?.length;
+        let first = read_start(&*file, file_length.min(FIRST_READ_BYTES)).map_err(failed)?;
+        let header = if let Some(header) = parse_prefix(name, file_length, &first)? {
+            header
+        } else {
+            let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
+            Header::parse(name, file_length, &read_start(&*file, whole).map_err(failed)?)?
+        };
+        Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length })
+    }
+
+    /// What errors call it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn file(&self) -> &Arc<dyn StoreFile> {
+        &self.file
+    }
+
+    /// The header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file's length in bytes when it was opened. Data at or behind it reads as zeros; a data cluster
+    /// that begins a whole cluster or more behind it was lost.
+    #[must_use]
+    pub fn file_length(&self) -> u64 {
+        self.file_length
+    }
+
+    /// The image's allocation of `[from, virtual_size)`, in order, without gaps, in maximal runs (a
+    /// compressed cluster is a run of its own). Starts at once wherever `from` is.
+    ///
+    /// Memory: two windows of at most 64 KiB. After an error the iterator is at its end.
+    #[must_use]
+    pub fn extents(&self, from: GuestOffset) -> Extents {
+        self.extents_windowed(from, DEFAULT_WINDOW_BYTES)
+    }
+
+    /// As [`Image::extents`] with windows of `window_bytes` on the L1 table and on one L2 table, clamped to
+    /// 4 to 64 KiB: for chains of many members.
+    #[must_use]
+    pub fn extents_windowed(&self, from: GuestOffset, window_bytes: usize) -> Extents {
+        Extents::new(self.clone(), from, window_bytes.clamp(MIN_WINDOW_BYTES, DEFAULT_WINDOW_BYTES))
+    }
+
+    /// Reads `buffer.len()` bytes at `host`, zeros behind the end of the file.
+    pub fn read_data(&self, host: HostOffset, buffer: &mut [u8]) -> Result<()> {
+        read_padded(&*self.file, host.0, buffer).map_err(|source| self.store_error(source))
+    }
+
+    /// Reads and decompresses a cluster of this image to exactly one cluster of bytes, also where the
+    /// virtual size cuts it. Errors: `bad-compression`, or the store's.
+    pub fn read_compressed(&self, cluster: &CompressedCluster) -> Result<Vec<u8>> {
+        let bits = self.header.cluster_bits;
+        // A descriptor cannot say more; a caller's value might.
+        let length = cluster.stored_bytes.min(2 * bits.bytes());
+        let mut stored = vec![0; usize::try_from(length).unwrap_or_default()];
+        self.read_data(cluster.host, &mut stored)?;
+        decompress(self.header.compression, &stored, bits).map_err(|fault| {
+            let CompressedCluster { guest, host, .. } = cluster;
+            self.bad(Code::BadCompression, format!("the compressed cluster of {guest} at {host}: {fault}"))
+        })
+    }
+
+    pub(crate) fn bad(&self, code: Code, detail: String) -> ImageError {
+        ImageError::Bad { image: self.name.to_string(), code, detail }
+    }
+
+    pub(crate) fn store_error(&self, source: BackendError) -> ImageError {
+        ImageError::Store { image: self.name.to_string(), source }
+    }
+}
+
+/// The first `length` bytes, at most 2 MiB, or as many as there are.
+fn read_start(file: &dyn StoreFile, length: u64) -> std::result::Result<Vec<u8>, BackendError> {
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+    let count = file.read_at(0, &mut bytes)?;
+    bytes.truncate(count);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;
