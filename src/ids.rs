@@ -54,8 +54,7 @@ impl StorePath {
     /// The path with one more component.
     pub fn join(&self, component: &str) -> Result<Self, PathError> {
         check_component(component, component)?;
-        let joined =
-            if self.0.is_empty() { component.to_owned() } else { format!("{}/{component}", self.0) };
+        let joined = if self.0.is_empty() { component.to_owned() } else { format!("{}/{component}", self.0) };
         if joined.len() > 4095 {
             return Err(PathError::TooLong { length: joined.len() });
         }

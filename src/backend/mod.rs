@@ -59,8 +59,12 @@ pub trait Backend: Send + Sync + Debug {
     /// All names below a directory down to `max_depth` levels (1: its own entries), parents before
     /// children, sorted by name within a directory, iterative; `skip` names directories (by their path)
     /// not to enter. What cannot be read is reported as an error item and passed over.
-    fn walk(&self, path: &StorePath, max_depth: usize, skip: &dyn Fn(&StorePath) -> bool)
-    -> Vec<Result<WalkEntry>>;
+    fn walk(
+        &self,
+        path: &StorePath,
+        max_depth: usize,
+        skip: &dyn Fn(&StorePath) -> bool,
+    ) -> Vec<Result<WalkEntry>>;
 
     /// Makes a directory of mode 0700 (`private`) or 0755; [`BackendError::AlreadyExists`] if it is there.
     fn create_dir(&self, path: &StorePath, private: bool) -> Result<()>;

@@ -16,6 +16,7 @@
 pub mod check;
 pub mod compressed;
 mod error;
+pub mod format;
 pub mod header;
 pub mod image;
 pub mod layout;
