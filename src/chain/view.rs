@@ -236,9 +236,9 @@ mod tests {
     #[test]
     fn what_lies_past_a_members_end_is_zero_also_over_a_longer_one() {
         // P 128 over which A of 96, over which B of 128 that holds nothing.
-        let layers =
-            [Cells(vec![0; 8], 128), Cells(vec![0, 0, 0, 0, 2, 0], 96), Cells(vec![2; 8], 128)];
-        let runs: Vec<Run> = view(&layers, GuestOffset(0), GuestOffset(u64::MAX)).collect::<Result<_, _>>().unwrap();
+        let layers = [Cells(vec![0; 8], 128), Cells(vec![0, 0, 0, 0, 2, 0], 96), Cells(vec![2; 8], 128)];
+        let runs: Vec<Run> =
+            view(&layers, GuestOffset(0), GuestOffset(u64::MAX)).collect::<Result<_, _>>().unwrap();
         let last = runs.last().unwrap();
         assert_eq!((last.start.0, last.length, last.content), (96, 32, Content::Zero));
     }

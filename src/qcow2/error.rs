@@ -36,6 +36,12 @@ pub enum ImageError {
         /// The feature.
         feature: String,
     },
+    /// The work was stopped on request.
+    #[error("stopped while working on {image}")]
+    Cancelled {
+        /// The image.
+        image: String,
+    },
     /// The store failed.
     #[error("failed to use {image}")]
     Store {
@@ -51,6 +57,7 @@ impl Failure for ImageError {
     fn kind(&self) -> Kind {
         match self {
             Self::NotQcow2 { .. } | Self::Bad { .. } | Self::Unsupported { .. } => Kind::Corrupt,
+            Self::Cancelled { .. } => Kind::Cancelled,
             Self::Store { source, .. } => source.kind(),
         }
     }
@@ -59,6 +66,7 @@ impl Failure for ImageError {
         match self {
             Self::NotQcow2 { .. } => Code::NotQcow2,
             Self::Bad { code, .. } | Self::Unsupported { code, .. } => *code,
+            Self::Cancelled { .. } => Code::Cancelled,
             Self::Store { source, .. } => source.code(),
         }
     }
@@ -68,6 +76,7 @@ impl Failure for ImageError {
             Self::NotQcow2 { image }
             | Self::Bad { image, .. }
             | Self::Unsupported { image, .. }
+            | Self::Cancelled { image }
             | Self::Store { image, .. } => Some(image),
         }
     }

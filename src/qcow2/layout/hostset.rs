@@ -1,0 +1,223 @@
+//! A set of host units (cluster-sized pieces of a source file) with rank and select.
+//!
+//! Placing data in *source order* is what makes a merge cheap: neighbours in the source stay neighbours in
+//! the target, however scattered they are in the guest, so one clone or one large read moves many clusters.
+//! The set holds one bit a unit in chunks of 4,096, so memory follows the data (about 0.6 KiB per 4,096
+//! units: 2.4 MiB per TiB of 64 KiB clusters), not the declared length of a file.
+
+use std::collections::BTreeMap;
+
+const WORDS: usize = 64;
+const CHUNK_UNITS: u64 = 64 * WORDS as u64;
+
+type Words = [u64; WORDS];
+
+/// The set while it grows.
+#[derive(Debug, Default)]
+pub struct Collecting {
+    chunks: BTreeMap<u64, Box<Words>>,
+}
+
+/// The finished set.
+#[derive(Debug, Default)]
+pub struct HostSet {
+    chunks: Vec<Chunk>,
+    len: u64,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    index: u64,
+    /// How many units of the set lie in chunks before this one.
+    before: u64,
+    words: Box<Words>,
+}
+
+impl Collecting {
+    /// Adds `count` units from `first`; `false` (and no promise about the set) if one was there already.
+    #[must_use]
+    pub fn insert(&mut self, first: u64, count: u64) -> bool {
+        let end = first.saturating_add(count);
+        let mut unit = first;
+        while unit < end {
+            let words = self.chunks.entry(unit / CHUNK_UNITS).or_insert_with(|| Box::new([0; WORDS]));
+            let Some(word) = usize::try_from(unit % CHUNK_UNITS / 64).ok().and_then(|w| words.get_mut(w))
+            else {
+                return false;
+            };
+            let low = unit % 64;
+            let bits = (64 - low).min(end - unit);
+            let mask = ones(bits) << low;
+            if *word & mask != 0 {
+                return false;
+            }
+            *word |= mask;
+            unit += bits;
+        }
+        true
+    }
+
+    /// Ends collecting.
+    #[must_use]
+    pub fn finish(self) -> HostSet {
+        let mut len = 0;
+        let chunks = self
+            .chunks
+            .into_iter()
+            .map(|(index, words)| {
+                let before = len;
+                len += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+                Chunk { index, before, words }
+            })
+            .collect();
+        HostSet { chunks, len }
+    }
+}
+
+fn ones(count: u64) -> u64 {
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+}
+
+impl HostSet {
+    /// How many units it has.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many units of the set lie before `unit`; `None` if `unit` is not in it.
+    #[must_use]
+    pub fn rank(&self, unit: u64) -> Option<u64> {
+        let at = self.chunks.binary_search_by_key(&(unit / CHUNK_UNITS), |chunk| chunk.index).ok()?;
+        let chunk = self.chunks.get(at)?;
+        let inside = usize::try_from(unit % CHUNK_UNITS).ok()?;
+        let word = chunk.words.get(inside / 64)?;
+        if word >> (inside % 64) & 1 == 0 {
+            return None;
+        }
+        let whole: u64 = chunk.words.iter().take(inside / 64).map(|w| u64::from(w.count_ones())).sum();
+        let part = u64::from((word & ones(inside as u64 % 64)).count_ones());
+        Some(chunk.before + whole + part)
+    }
+
+    /// The unit with that rank.
+    #[must_use]
+    pub fn select(&self, rank: u64) -> Option<u64> {
+        if rank >= self.len {
+            return None;
+        }
+        let after = self.chunks.partition_point(|chunk| chunk.before <= rank);
+        let chunk = self.chunks.get(after.checked_sub(1)?)?;
+        let mut left = rank - chunk.before;
+        for (index, word) in chunk.words.iter().enumerate() {
+            let count = u64::from(word.count_ones());
+            if left < count {
+                let mut word = *word;
+                for _ in 0..left {
+                    word &= word - 1;
+                }
+                return Some(
+                    chunk.index * CHUNK_UNITS + index as u64 * 64 + u64::from(word.trailing_zeros()),
+                );
+            }
+            left -= count;
+        }
+        None
+    }
+
+    /// Maximal runs of neighbouring units, `(first, count)`, in order.
+    pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let mut pieces = self.chunks.iter().flat_map(|chunk| {
+            chunk.words.iter().enumerate().flat_map(move |(index, word)| {
+                word_runs(*word)
+                    .map(move |(low, count)| (chunk.index * CHUNK_UNITS + index as u64 * 64 + low, count))
+            })
+        });
+        let mut held: Option<(u64, u64)> = None;
+        std::iter::from_fn(move || {
+            for (first, count) in pieces.by_ref() {
+                match held {
+                    Some((start, length)) if start + length == first => held = Some((start, length + count)),
+                    Some(done) => {
+                        held = Some((first, count));
+                        return Some(done);
+                    }
+                    None => held = Some((first, count)),
+                }
+            }
+            held.take()
+        })
+    }
+}
+
+/// The runs of ones in a word.
+fn word_runs(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut base = 0u32;
+    std::iter::from_fn(move || {
+        if word == 0 {
+            return None;
+        }
+        let skip = word.trailing_zeros();
+        let count = (word >> skip).trailing_ones();
+        let first = base + skip;
+        base = first + count;
+        word = word.checked_shr(skip + count).unwrap_or(0);
+        Some((u64::from(first), u64::from(count)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::Collecting;
+
+    proptest! {
+        #[test]
+        fn behaves_as_a_sorted_set(ranges in prop::collection::vec((0u64..20_000, 1u64..300), 0..30)) {
+            let mut model = BTreeSet::new();
+            let mut set = Collecting::default();
+            for (first, count) in ranges {
+                if (first..first + count).any(|unit| model.contains(&unit)) {
+                    continue;
+                }
+                model.extend(first..first + count);
+                prop_assert!(set.insert(first, count));
+            }
+            let set = set.finish();
+            prop_assert_eq!(set.len(), model.len() as u64);
+            for (rank, unit) in model.iter().enumerate() {
+                prop_assert_eq!(set.rank(*unit), Some(rank as u64));
+                prop_assert_eq!(set.select(rank as u64), Some(*unit));
+            }
+            prop_assert_eq!(set.select(set.len()), None);
+            let listed: Vec<u64> = set.runs().flat_map(|(first, count)| first..first + count).collect();
+            prop_assert_eq!(&listed, &model.iter().copied().collect::<Vec<_>>());
+            let runs: Vec<_> = set.runs().collect();
+            prop_assert!(runs.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "not maximal");
+            for gap in [0u64, 7, 4095, 4096, 25_000] {
+                if !model.contains(&gap) {
+                    prop_assert_eq!(set.rank(gap), None);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_unit_taken_twice_is_noticed() {
+        let mut set = Collecting::default();
+        assert!(set.insert(10, 100));
+        assert!(!set.insert(109, 1));
+        let mut set = Collecting::default();
+        assert!(set.insert(u64::MAX / 65_536, 1));
+        assert_eq!(set.finish().len(), 1);
+    }
+}

@@ -1,0 +1,411 @@
+//! The byte-exact plan of a qcow2 file to be, as a pure function of a map and options.
+//!
+//! [`Layout::plan`] reads the map once and decides where everything goes; [`Layout::moves`] lists the data
+//! that moves as it is, in source order; [`Layout::emit`] reads the map once more and gives the rest: tables,
+//! composed and compressed clusters. The same map and options always give the same bytes. The parts of the
+//! file follow each other without gaps: header, L1 table, refcount table, refcount blocks, L2 tables, data
+//! moved from each source (in the order it has there), composed clusters, compressed clusters.
+//!
+//! Memory: one bit per host cluster moved (see [`hostset`]), two bytes per host cluster of compressed data,
+//! the pieces of one cluster, one L2 table. Never a list of clusters.
+
+pub(crate) mod clusters;
+mod emit;
+mod geometry;
+mod header;
+pub mod hostset;
+mod packing;
+mod shape;
+
+pub use clusters::{Fill, Piece};
+pub use emit::{Emit, Part};
+
+use crate::backend::Move;
+use crate::failure::Code;
+use crate::qcow2::error::{ImageError, Result};
+use crate::qcow2::format;
+use crate::qcow2::header::{CompressionType, Header};
+use crate::qcow2::layout::clusters::{Clusters, Span};
+use crate::qcow2::layout::geometry::{Amounts, Geometry};
+use crate::qcow2::layout::hostset::{Collecting, HostSet};
+use crate::qcow2::layout::packing::Packing;
+use crate::qcow2::layout::shape::{Shape, Shaper};
+use crate::qcow2::map::Run;
+use crate::qcow2::refcount::RefcountWidth;
+use crate::qcow2::tables::EntryFormat;
+use crate::units::{ClusterBits, HostOffset};
+
+/// The image wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageOptions {
+    /// 2 or 3; 2 becomes 3 if the map needs a zero cluster, since version 2 has none.
+    pub version: u32,
+    /// Cluster size.
+    pub cluster_bits: ClusterBits,
+    /// Log2 of the refcount width in bits, 0 to 6.
+    pub refcount_order: u32,
+    /// 16-byte L2 entries with subclusters.
+    pub extended_l2: bool,
+    /// The compression type: of compressed clusters that are moved as they are.
+    pub compression: CompressionType,
+    /// The compatible feature bit that QEMU may write refcounts late.
+    pub lazy_refcounts: bool,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// The backing file, if it is to have one.
+    pub backing: Option<Backing>,
+}
+
+/// The backing file of an image to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The name to write, at most 1,023 bytes.
+    pub name: Vec<u8>,
+    /// Its format, always written.
+    pub format: String,
+    /// Its virtual size in bytes: at and past it, zeros need no entry.
+    pub virtual_size: u64,
+}
+
+impl ImageOptions {
+    /// The options that keep what `header` has, with another backing file.
+    #[must_use]
+    pub fn like(header: &Header, backing: Option<Backing>) -> Self {
+        Self {
+            version: header.version,
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+            extended_l2: header.extended_l2,
+            compression: header.compression,
+            lazy_refcounts: header.lazy_refcounts,
+            virtual_size: header.virtual_size,
+            backing,
+        }
+    }
+
+    fn entry_format(&self, version: u32) -> EntryFormat {
+        EntryFormat { cluster_bits: self.cluster_bits, extended: self.extended_l2, zero_flag: version >= 3 }
+    }
+
+    fn below_end(&self) -> u64 {
+        self.backing.as_ref().map_or(0, |backing| backing.virtual_size)
+    }
+}
+
+/// What a layout must know of a layer whose data it moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceFacts {
+    /// Its cluster size.
+    pub cluster_bits: ClusterBits,
+    /// Its compression type.
+    pub compression: CompressionType,
+    /// Its virtual size in bytes.
+    pub virtual_size: u64,
+    /// Its file's length in bytes.
+    pub file_length: u64,
+}
+
+impl SourceFacts {
+    /// The unit in which its data is moved into clusters of `target` bits: the smaller of both.
+    fn unit_bits(&self, target: ClusterBits) -> ClusterBits {
+        self.cluster_bits.min(target)
+    }
+}
+
+/// A planned file.
+#[derive(Debug)]
+pub struct Layout {
+    options: ImageOptions,
+    version: u32,
+    refcounts: RefcountWidth,
+    sources: Vec<SourceFacts>,
+    moved: Vec<HostSet>,
+    /// How many compressed clusters touch each host cluster of their area.
+    compressed_counts: Vec<u16>,
+    amounts: Amounts,
+    compressed_bytes: u64,
+    geometry: Geometry,
+    header: Vec<u8>,
+}
+
+/// Where a place of the new file has its bytes from: the inverse of the placement, for the proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Moved from `host` of a layer; so are the next `length` bytes.
+    Moved {
+        /// Which source.
+        layer: usize,
+        /// Where there.
+        host: HostOffset,
+        /// For how many bytes this holds, above 0.
+        length: u64,
+    },
+    /// Written by the plan itself: composed, compressed or metadata.
+    Written,
+    /// Not part of the file.
+    Outside,
+}
+
+impl Layout {
+    /// Plans the file. `runs` cover exactly `[0, virtual_size)`; their layers index `sources`. Fails if a
+    /// source refers twice to one host cluster (`shared-cluster`), past its end (`truncated`), or if the
+    /// format's limits do not allow the file.
+    pub fn plan(
+        options: &ImageOptions,
+        sources: &[SourceFacts],
+        runs: impl Iterator<Item = Result<Run>>,
+    ) -> Result<Self> {
+        let refcounts = check_options(options)?;
+        let mut count = Counting::new(options, sources, refcounts);
+        let clusters = Clusters::new(runs, options.cluster_bits, options.below_end());
+        let shaper = Shaper { options, sources };
+        let mut covered = 0;
+        for span in clusters {
+            match span? {
+                Span::Same { first, count: clusters, piece } => {
+                    covered = piece.end();
+                    count.add(first, clusters, shaper.same(&piece))?;
+                }
+                Span::Mixed { cluster, pieces } => {
+                    covered = pieces.last().map_or(covered, Piece::end);
+                    count.add(cluster, 1, shaper.mixed(cluster, &pieces))?;
+                }
+            }
+        }
+        if covered != options.virtual_size {
+            return Err(bad(Code::BadEntry, format!("the map ends at {covered}, not at the disk's end")));
+        }
+        count.finish(refcounts)
+    }
+
+    /// The length of the file in bytes.
+    #[must_use]
+    pub fn file_length(&self) -> u64 {
+        self.geometry.end
+    }
+
+    /// Bytes of header and tables.
+    #[must_use]
+    pub fn metadata_bytes(&self) -> u64 {
+        let size = self.options.cluster_bits.bytes();
+        self.geometry.l2_tables + self.amounts.l2_tables * size
+    }
+
+    /// Bytes of data that move as they are.
+    #[must_use]
+    pub fn moved_bytes(&self) -> u64 {
+        self.amounts.moved.iter().sum::<u64>() * self.options.cluster_bits.bytes()
+    }
+
+    /// Bytes of clusters put together in memory.
+    #[must_use]
+    pub fn composed_bytes(&self) -> u64 {
+        self.amounts.composed * self.options.cluster_bits.bytes()
+    }
+
+    /// Bytes of compressed clusters, as placed.
+    #[must_use]
+    pub fn compressed_bytes(&self) -> u64 {
+        self.compressed_bytes
+    }
+
+    /// The version it will have.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The options it was planned with.
+    #[must_use]
+    pub fn options(&self) -> &ImageOptions {
+        &self.options
+    }
+
+    /// The data that moves as it is: maximal runs, in source order, one source after the other; targets go
+    /// up without gaps.
+    pub fn moves(&self) -> impl Iterator<Item = Move> + '_ {
+        let bits = self.options.cluster_bits;
+        self.moved.iter().zip(&self.sources).zip(&self.geometry.moved).enumerate().flat_map(
+            move |(source, ((set, facts), base))| {
+                let unit = facts.unit_bits(bits).bytes();
+                let mut to = *base;
+                set.runs().map(move |(first, count)| {
+                    let moved = Move { source, from: first * unit, to, length: count * unit };
+                    to += moved.length;
+                    moved
+                })
+            },
+        )
+    }
+
+    /// Reads the map a second time (it must be the same) and gives everything else that is to be written.
+    pub fn emit<I: Iterator<Item = Result<Run>>>(
+        &self,
+        runs: I,
+    ) -> impl Iterator<Item = Result<Emit>> + use<'_, I> {
+        emit::emit(self, runs)
+    }
+
+    /// Where the bytes at `host` of the new file come from.
+    #[must_use]
+    pub fn origin(&self, host: HostOffset) -> Origin {
+        if host.0 >= self.geometry.end {
+            return Origin::Outside;
+        }
+        let area = self.geometry.moved.partition_point(|start| *start <= host.0);
+        let found = area.checked_sub(1).and_then(|layer| {
+            let start = self.geometry.moved.get(layer)?;
+            let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
+            let offset = host.0 - start;
+            let from = self.moved.get(layer)?.select(offset / unit.bytes())?;
+            let within = unit.within(offset);
+            let host = HostOffset(from * unit.bytes() + within);
+            Some(Origin::Moved { layer, host, length: unit.bytes() - within })
+        });
+        found.unwrap_or(Origin::Written)
+    }
+
+    /// Where the cluster at `host` of a source goes.
+    fn placed(&self, layer: usize, host: HostOffset) -> Option<HostOffset> {
+        let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
+        let rank = self.moved.get(layer)?.rank(host.0 / unit.bytes())?;
+        Some(HostOffset(self.geometry.moved.get(layer)? + rank * unit.bytes()))
+    }
+}
+
+fn check_options(options: &ImageOptions) -> Result<RefcountWidth> {
+    let extended_fits = options.cluster_bits.bits() >= format::EXTENDED_L2_MIN_CLUSTER_BITS;
+    if options.extended_l2 && !extended_fits {
+        return Err(bad(Code::BadHeader, "extended L2 entries need clusters of 16 KiB or more".to_owned()));
+    }
+    let name = options.backing.as_ref().map_or(0, |backing| backing.name.len() as u64);
+    if name > format::MAX_BACKING_NAME_BYTES {
+        return Err(bad(Code::BadHeader, format!("a backing name of {name} bytes is too long")));
+    }
+    RefcountWidth::new(options.refcount_order)
+        .ok_or_else(|| bad(Code::BadHeader, "refcounts are at most 64 bits wide".to_owned()))
+}
+
+fn bad(code: Code, detail: String) -> ImageError {
+    ImageError::Bad { image: "the new image".to_owned(), code, detail }
+}
+
+/// How many compressed clusters may touch one host cluster. They are counted in 16 bits here; a wider refcount
+/// could say more, which no cluster size needs.
+fn pieces_limit(width: RefcountWidth) -> u64 {
+    width.max().min(u64::from(u16::MAX))
+}
+
+/// The first pass.
+struct Counting<'a> {
+    options: &'a ImageOptions,
+    sources: &'a [SourceFacts],
+    moved: Vec<Collecting>,
+    packing: Packing,
+    compressed_counts: Vec<u16>,
+    composed: u64,
+    l2_tables: u64,
+    /// The L2 table that the last entry lies in.
+    last_table: Option<u64>,
+    needs_zero: bool,
+}
+
+impl<'a> Counting<'a> {
+    fn new(options: &'a ImageOptions, sources: &'a [SourceFacts], refcounts: RefcountWidth) -> Self {
+        Self {
+            options,
+            sources,
+            moved: sources.iter().map(|_| Collecting::default()).collect(),
+            packing: Packing::new(options.cluster_bits, pieces_limit(refcounts)),
+            compressed_counts: Vec::new(),
+            composed: 0,
+            l2_tables: 0,
+            last_table: None,
+            needs_zero: false,
+        }
+    }
+
+    fn add(&mut self, first: u64, count: u64, shape: Shape) -> Result<()> {
+        match shape {
+            Shape::Nothing => return Ok(()),
+            Shape::Zero(_) => self.needs_zero = true,
+            Shape::Whole { layer, host, .. } => self.take(layer, host, count)?,
+            Shape::Compressed { cluster, .. } => {
+                let counts = &mut self.compressed_counts;
+                self.packing.place(cluster.stored_bytes, |touched| {
+                    let at = usize::try_from(touched).unwrap_or(usize::MAX);
+                    if counts.len() <= at {
+                        counts.resize(at + 1, 0);
+                    }
+                    if let Some(count) = counts.get_mut(at) {
+                        *count += 1;
+                    }
+                });
+            }
+            Shape::Composed(_) => self.composed += count,
+        }
+        let per_table = self.options.entry_format(3).entries_per_table();
+        let (from, to) = (first / per_table, (first + count - 1) / per_table);
+        self.l2_tables += to - from + u64::from(self.last_table != Some(from));
+        self.last_table = Some(to);
+        Ok(())
+    }
+
+    fn take(&mut self, layer: usize, host: HostOffset, count: u64) -> Result<()> {
+        let target = self.options.cluster_bits;
+        let (Some(source), Some(set)) = (self.sources.get(layer), self.moved.get_mut(layer)) else {
+            return Err(bad(Code::BadEntry, format!("the map names layer {layer}, which there is not")));
+        };
+        let unit = source.unit_bits(target).bytes();
+        // QEMU allows the last cluster to be cut off by the end of the file; a whole one beyond is lost data.
+        let end = host.0.saturating_add(count * target.bytes());
+        if end > source.cluster_bits.round_up(source.file_length).saturating_add(source.cluster_bits.bytes())
+        {
+            return Err(bad(Code::Truncated, format!("layer {layer} ends before its data at {host}")));
+        }
+        if !set.insert(host.0 / unit, count * target.bytes() / unit) {
+            return Err(bad(
+                Code::SharedCluster,
+                format!("layer {layer} uses {host} for two guest clusters"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn finish(self, refcounts: RefcountWidth) -> Result<Layout> {
+        let (options, sources) = (self.options, self.sources);
+        let moved: Vec<HostSet> = self.moved.into_iter().map(Collecting::finish).collect();
+        let version = if self.needs_zero { options.version.max(3) } else { options.version };
+        let format = options.entry_format(version);
+        let l1_entries = options.virtual_size.div_ceil(format.bytes_per_table());
+        if l1_entries * 8 > format::MAX_L1_BYTES {
+            return Err(geometry::too_large("its L1 table would pass 32 MiB"));
+        }
+        let clusters = moved.iter().zip(sources).map(|(set, source)| {
+            let ratio = options.cluster_bits.bytes() / source.unit_bits(options.cluster_bits).bytes();
+            set.len() / ratio
+        });
+        let amounts = Amounts {
+            l1_entries,
+            l2_tables: self.l2_tables,
+            moved: clusters.collect(),
+            composed: self.composed,
+            compressed: self.packing.clusters(),
+        };
+        let geometry = Geometry::new(&amounts, options.cluster_bits, refcounts)?;
+        let header = header::encode(options, version, l1_entries, &geometry)?;
+        let compressed_bytes = amounts.compressed * options.cluster_bits.bytes();
+        Ok(Layout {
+            options: options.clone(),
+            version,
+            refcounts,
+            sources: sources.to_vec(),
+            moved,
+            compressed_counts: self.compressed_counts,
+            amounts,
+            compressed_bytes,
+            geometry,
+            header,
+        })
+    }
+}
