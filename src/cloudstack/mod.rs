@@ -7,9 +7,11 @@
 //! - [`paths`]: install paths, and what a file name says.
 //! - [`prefix`]: under which directories hosts mount a store.
 //! - [`backing`]: backing names mapped to members, and members to backing names.
+//! - [`checkpoint`]: libvirt's checkpoint files, read and edited without touching any other byte.
 //!
 //! Facts are those of CloudStack 4.21 and 4.22, named by their class where they are used.
 
 pub mod backing;
+pub mod checkpoint;
 pub mod paths;
 pub mod prefix;
