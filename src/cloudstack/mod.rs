@@ -8,6 +8,7 @@
 //! - [`prefix`]: under which directories hosts mount a store.
 //! - [`backing`]: backing names mapped to members, and members to backing names.
 //! - [`checkpoint`]: libvirt's checkpoint files, read and edited without touching any other byte.
+//! - [`records`]: rows of CloudStack's database, as exported by one SELECT.
 //!
 //! Facts are those of CloudStack 4.21 and 4.22, named by their class where they are used.
 
@@ -15,3 +16,4 @@ pub mod backing;
 pub mod checkpoint;
 pub mod paths;
 pub mod prefix;
+pub mod records;
