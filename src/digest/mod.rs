@@ -1,7 +1,7 @@
 //! Blocks, leaves and view digests: what makes two views comparable without comparing their bytes.
 //!
-//! Owns: the digest of a block ([`leaf`]) and of a whole view ([`TreeBuilder`]), as the README's format
-//! section fixes them. Does not own: reading views, or storing leaves. Pure; nothing here does I/O.
+//! Owns: the digest of a block ([`leaf`]) and of a whole view ([`TreeBuilder`]), defined right
+//! here and held by vectors of a separate program. Does not own: reading views, or storing leaves. Pure.
 //!
 //! - Block `i` of a view is guest bytes `[i * 65536, (i + 1) * 65536)`, the last one zero-padded.
 //! - A leaf is the BLAKE3 of one block, so a hole, a zero cluster and written zeros are the same.
