@@ -1,0 +1,4 @@
+//! Builders and oracles.
+
+pub mod qemu;
+pub mod raw_file;
