@@ -2,7 +2,7 @@
 //!
 //! Entries below a byte fill it from its low bits up; wider ones are big-endian.
 
-use crate::qcow2::format::MAX_REFCOUNT_ORDER;
+use crate::qcow2::format::{DEFAULT_REFCOUNT_ORDER, MAX_REFCOUNT_ORDER};
 use crate::units::ClusterBits;
 
 /// The width of an image's refcounts.
@@ -10,6 +10,9 @@ use crate::units::ClusterBits;
 pub struct RefcountWidth(u32);
 
 impl RefcountWidth {
+    /// 16 bits: what version 2 has, and what QEMU writes unless told otherwise.
+    pub const DEFAULT: Self = Self(DEFAULT_REFCOUNT_ORDER);
+
     /// Takes the logarithm of the width in bits; `None` above 6.
     #[must_use]
     pub fn new(order: u32) -> Option<Self> {

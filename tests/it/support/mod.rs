@@ -1,4 +1,5 @@
 //! Builders and oracles.
 
+pub mod images;
 pub mod qemu;
 pub mod raw_file;
