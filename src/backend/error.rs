@@ -68,8 +68,15 @@ pub enum BackendError {
 }
 
 impl BackendError {
+    /// Whether two names lie on different file systems, so that neither a rename nor a link can join them.
+    #[must_use]
+    pub fn is_cross_device(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::CrossesDevices)
+    }
+
     /// Sorts a system error by what it means for the caller.
     #[must_use]
+    #[expect(clippy::needless_pass_by_value, reason = "paths, references and formatted texts alike")]
     pub fn from_io(action: &'static str, path: impl ToString, source: io::Error) -> Self {
         let path = path.to_string();
         match source.kind() {

@@ -1,1 +1,180 @@
-//! (being written)
+//! The one place that gives a file the name of another.
+//!
+//! The order is always the same: the new file's bytes are made durable under a name of their own, then the
+//! name changes, then the directories are made durable. So a name stands for the whole old file or the
+//! whole new one, at every instant and after a crash. What a crash can leave besides is a temporary file;
+//! its name ends in `.tmp`, and nothing ever reads one by its ending.
+//!
+//! Identity (owner, mode, attributes) is taken over before, by [`take_identity`], so that nobody ever sees
+//! the new bytes under the wrong owner.
+
+use std::io;
+use std::sync::Arc;
+
+use super::{Backend, BackendError, FileKind, Result, StoreFile};
+use crate::ids::StorePath;
+
+/// A new name for a temporary file: random, ending in `.tmp`, without a leading dot.
+#[must_use]
+pub fn temporary_name() -> String {
+    format!("{}.tmp", uuid::Uuid::new_v4().simple())
+}
+
+/// A new path for a temporary file in `directory`. Fails only if the path gets too long.
+pub fn temporary_in(directory: &StorePath) -> Result<StorePath> {
+    directory.join(&temporary_name()).map_err(|error| {
+        BackendError::from_io("name a file in", directory, io::Error::new(io::ErrorKind::InvalidInput, error))
+    })
+}
+
+/// Gives the finished file at `temporary` the name `target`, which may be taken by another file or free.
+///
+/// Makes its bytes durable, renames it, makes both directories durable. The caller has closed it for
+/// writing and has given it its identity. If both names are one file already (a redo of a publication that
+/// was cut off), only `temporary` goes. Blocks for as long as the store needs to write all bytes out.
+///
+/// # Errors
+///
+/// [`BackendError::NotPlain`] if anything but a regular file has either name: nothing was changed. After
+/// any other error `target` stands for the old file or the new one; only if the error is about the
+/// directories' durability, the new one. Calling again is safe as long as `temporary` exists.
+///
+/// # After a crash
+///
+/// `target` stands for the old file or for the whole new one; `temporary` may or may not be there still.
+pub fn publish(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {
+    let file = backend.open(temporary)?;
+    file.sync()?;
+    let new = file.stat()?.id;
+    match backend.stat(target) {
+        Ok(old) if old.kind != FileKind::File => {
+            return Err(BackendError::NotPlain { path: target.to_string() });
+        }
+        // A rename would do nothing, report success, and leave both names.
+        Ok(old) if old.id == new => backend.remove_file(temporary)?,
+        Ok(_) | Err(BackendError::NotFound { .. }) => match backend.rename(temporary, target) {
+            // A server that was asked twice, because its first answer was lost, says that the old name
+            // does not exist: then the new one tells.
+            Err(BackendError::NotFound { .. }) if backend.stat(target).is_ok_and(|is| is.id == new) => {}
+            done => done?,
+        },
+        Err(error) => return Err(error),
+    }
+    sync_directories(backend, temporary, target)
+}
+
+/// Publishes a small file under a name that must be free: an exclusive create that is decided by the store
+/// and whole from its first instant. `directory` takes the temporary file; it must be on the same file
+/// system as `path`. Returns once the file and its name are durable. Blocks.
+///
+/// # Errors
+///
+/// [`BackendError::AlreadyExists`] if somebody else has the name. After any other error the name may have
+/// been taken by this call or not: read it to find out.
+///
+/// # After a crash
+///
+/// The name is free, or stands for all of `bytes`; a temporary file may be left. Where the store has no
+/// hard links the name is taken first and the bytes follow: there a crash can also leave the name with a
+/// part of the bytes, so a reader must treat a record that does not parse as being written still.
+pub fn write_new(backend: &dyn Backend, directory: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
+    let temporary = temporary_in(directory)?;
+    let written = stage(backend, &temporary, bytes, None)
+        .and_then(|file| link_new(backend, file.as_ref(), &temporary, path, bytes));
+    // Also after an error: what is left is swept by its name otherwise.
+    let removed = backend.remove_file(&temporary);
+    written?;
+    removed?;
+    backend.sync_dir(&path.parent())
+}
+
+/// Publishes a small file over a name, free or not. `directory` takes the temporary file; it must be on
+/// the same file system as `path`. With `keep_identity` the new file takes over owner, mode and attributes
+/// of the old one, which must exist; else it has mode 0600 and this process's owner. Blocks.
+///
+/// # Errors
+///
+/// As [`publish`]; [`BackendError::Squashed`] before anything was changed.
+///
+/// # After a crash
+///
+/// As [`publish`].
+pub fn replace(
+    backend: &dyn Backend,
+    directory: &StorePath,
+    path: &StorePath,
+    bytes: &[u8],
+    keep_identity: bool,
+) -> Result<()> {
+    let old = if keep_identity { Some(backend.open(path)?) } else { None };
+    let temporary = temporary_in(directory)?;
+    let done =
+        stage(backend, &temporary, bytes, old.as_deref()).and_then(|_| publish(backend, &temporary, path));
+    if done.is_err() {
+        // Best effort: the first error is the one to report, and a leftover is swept by its name.
+        let _ = backend.remove_file(&temporary);
+    }
+    done
+}
+
+/// Gives `new` the owner, group, mode, ACL and attributes of `old`, and reads them back.
+///
+/// # Errors
+///
+/// [`BackendError::Squashed`] names the first that did not take; `new` may have some of them then.
+pub fn take_identity(old: &dyn StoreFile, new: &dyn StoreFile) -> Result<()> {
+    new.set_identity(&old.identity()?)
+}
+
+/// A temporary file with these bytes, durable, and with the identity of `like`.
+fn stage(
+    backend: &dyn Backend,
+    temporary: &StorePath,
+    bytes: &[u8],
+    like: Option<&dyn StoreFile>,
+) -> Result<Arc<dyn StoreFile>> {
+    let file = backend.create(temporary)?;
+    file.write_at(0, bytes)?;
+    if let Some(old) = like {
+        take_identity(old, file.as_ref())?;
+    }
+    file.sync()?;
+    Ok(file)
+}
+
+/// Gives a durable file a second name that must be free.
+fn link_new(
+    backend: &dyn Backend,
+    file: &dyn StoreFile,
+    temporary: &StorePath,
+    path: &StorePath,
+    bytes: &[u8],
+) -> Result<()> {
+    match backend.hard_link(temporary, path) {
+        // As in `publish`: a request that a server was sent twice. The name is ours if it is our file.
+        Err(BackendError::AlreadyExists { path: taken }) => match (backend.stat(path), file.stat()) {
+            (Ok(is), Ok(ours)) if is.id == ours.id => Ok(()),
+            _ => Err(BackendError::AlreadyExists { path: taken }),
+        },
+        Err(BackendError::Io { source, .. }) if has_no_links(&source) => {
+            let named = backend.create(path)?;
+            named.write_at(0, bytes)?;
+            named.sync()
+        }
+        done => done,
+    }
+}
+
+fn has_no_links(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    // EPERM is what Linux answers for a file system without hard links.
+    matches!(Errno::from_io_error(error), Some(Errno::PERM | Errno::NOTSUP | Errno::NOSYS))
+}
+
+fn sync_directories(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {
+    backend.sync_dir(&target.parent())?;
+    if temporary.parent() != target.parent() {
+        backend.sync_dir(&temporary.parent())?;
+    }
+    Ok(())
+}
