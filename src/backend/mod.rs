@@ -16,6 +16,7 @@ pub mod faulty;
 pub mod memory;
 pub mod posix;
 pub mod publish;
+mod runs;
 mod types;
 
 use std::any::Any;

@@ -1,0 +1,313 @@
+//! A store that is a directory of a mounted file system.
+//!
+//! Owns: resolution below the root without following links, opening, naming, durability. Does not own: the
+//! root directory's own place, which the operator chose and which may be reached over symbolic links.
+//!
+//! The crash rule is the kernel's: `fsync` of a file, `fsync` of a directory. Every call blocks, on a
+//! network mount for as long as the server takes.
+
+mod file;
+mod flock;
+mod identity;
+mod locks;
+mod moves;
+mod probe;
+mod resolve;
+mod walk;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use self::file::PosixFile;
+use self::resolve::Resolver;
+use super::{
+    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, Result, Space, Stat, StoreFile,
+    WalkEntry,
+};
+use crate::ids::StorePath;
+
+/// How files are opened: a link is not followed, a pipe does not block, a terminal does not become ours.
+const PLAIN: OFlags = OFlags::NONBLOCK.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NOCTTY);
+
+/// A directory of a mount, as a store.
+#[derive(Debug)]
+pub struct PosixStore {
+    shown: PathBuf,
+    resolver: Resolver,
+}
+
+impl PosixStore {
+    /// Opens the store at an existing directory. The directory is held open: if it is renamed or something
+    /// is mounted over it, the store stays the one that was opened. Blocks.
+    pub fn open(root: &Path) -> Result<Self> {
+        Self::with_resolver(root, Resolver::new)
+    }
+
+    /// As [`PosixStore::open`], but never asks the kernel to resolve a path in one call (`openat2`); every
+    /// component is opened by itself. Older kernels and some sandboxes leave no other way, which `open`
+    /// finds out by itself; this is for testing that way.
+    pub fn open_by_components(root: &Path) -> Result<Self> {
+        Self::with_resolver(root, Resolver::by_components)
+    }
+
+    fn with_resolver(root: &Path, resolver: fn(OwnedFd) -> Resolver) -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory =
+            fs::open(root, flags, Mode::empty()).map_err(|errno| failed("open", root.display(), errno))?;
+        Ok(Self { shown: root.to_owned(), resolver: resolver(directory) })
+    }
+
+    fn parent<'p>(&self, action: &'static str, path: &'p StorePath) -> Result<(OwnedFd, &'p str)> {
+        self.resolver.parent(path).map_err(|errno| failed(action, path, errno))
+    }
+
+    fn directory(&self, action: &'static str, path: &StorePath) -> Result<OwnedFd> {
+        self.resolver.directory(path, OFlags::RDONLY).map_err(|errno| failed(action, path, errno))
+    }
+
+    fn open_as(&self, action: &'static str, path: &StorePath, flags: OFlags) -> Result<PosixFile> {
+        let (directory, name) = self.parent(action, path)?;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let opened = when_lease_is_back(|| fs::openat(&directory, name, flags | PLAIN, mode))
+            .map_err(|errno| failed(action, path, errno))?;
+        let kind = fs::fstat(&opened).map_err(|errno| failed(action, path, errno))?;
+        if FileType::from_raw_mode(kind.st_mode) != FileType::RegularFile {
+            return Err(BackendError::NotPlain { path: path.to_string() });
+        }
+        Ok(PosixFile::new(File::from(opened), path.clone()))
+    }
+
+    /// The parent and name of something that must be a regular file, or, with `or_nothing`, may be missing.
+    /// Only tells mistakes early: the calls that follow act on the name itself and follow nothing.
+    fn plain<'p>(
+        &self,
+        action: &'static str,
+        path: &'p StorePath,
+        or_nothing: bool,
+    ) -> Result<(OwnedFd, &'p str)> {
+        let (directory, name) = self.parent(action, path)?;
+        match fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
+            Ok(_) => return Err(BackendError::NotPlain { path: path.to_string() }),
+            Err(Errno::NOENT) if or_nothing => {}
+            Err(errno) => return Err(failed(action, path, errno)),
+        }
+        Ok((directory, name))
+    }
+}
+
+impl Backend for PosixStore {
+    fn describe(&self) -> String {
+        self.shown.display().to_string()
+    }
+
+    fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        Ok(Arc::new(self.open_as("open", path, OFlags::RDONLY)?))
+    }
+
+    fn open_writable(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        Ok(Arc::new(self.open_as("open", path, OFlags::RDWR)?))
+    }
+
+    fn create(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        Ok(Arc::new(self.open_as("create", path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?))
+    }
+
+    fn stat(&self, path: &StorePath) -> Result<Stat> {
+        let action = "look at";
+        let found = if path.is_root() {
+            fs::fstat(self.directory(action, path)?)
+        } else {
+            let (directory, name) = self.parent(action, path)?;
+            fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+        };
+        found.map(|stat| stat_of(&stat)).map_err(|errno| failed(action, path, errno))
+    }
+
+    fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
+        let action = "list";
+        let directory = self.directory(action, path)?;
+        let names = fs::Dir::read_from(&directory).map_err(|errno| failed(action, path, errno))?;
+        let mut entries = Vec::new();
+        for entry in names {
+            let entry = entry.map_err(|errno| failed(action, path, errno))?;
+            let raw = entry.file_name();
+            if raw == c"." || raw == c".." {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                // Some file systems do not tell the kind with the name.
+                FileType::Unknown => match fs::statat(&directory, raw, AtFlags::SYMLINK_NOFOLLOW) {
+                    Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
+                    Err(Errno::NOENT) => continue,
+                    Err(errno) => return Err(failed(action, path, errno)),
+                },
+                told => kind_of(told),
+            };
+            let lossy = raw.to_string_lossy().into_owned();
+            let valid = raw.to_str().is_ok_and(|name| StorePath::root().join(name).is_ok());
+            entries.push(DirEntry { name: if valid { Ok(lossy) } else { Err(lossy) }, kind });
+        }
+        Ok(entries)
+    }
+
+    fn walk(
+        &self,
+        path: &StorePath,
+        max_depth: usize,
+        skip: &dyn Fn(&StorePath) -> bool,
+    ) -> Vec<Result<WalkEntry>> {
+        match self.directory("list", path) {
+            Ok(directory) => walk::walk(&directory, &self.shown, path, max_depth, skip),
+            Err(error) => vec![Err(error)],
+        }
+    }
+
+    fn create_dir(&self, path: &StorePath, private: bool) -> Result<()> {
+        let action = "create";
+        if path.is_root() {
+            return Err(BackendError::AlreadyExists { path: path.to_string() });
+        }
+        let bits = if private { 0o700 } else { 0o755 };
+        let (directory, name) = self.parent(action, path)?;
+        fs::mkdirat(&directory, name, Mode::from_raw_mode(bits))
+            .and_then(|()| open_up(&directory, name, bits))
+            .map_err(|errno| failed(action, path, errno))
+    }
+
+    fn remove_file(&self, path: &StorePath) -> Result<()> {
+        let (directory, name) = self.plain("remove", path, false)?;
+        fs::unlinkat(&directory, name, AtFlags::empty()).map_err(|errno| failed("remove", path, errno))
+    }
+
+    fn remove_dir(&self, path: &StorePath) -> Result<()> {
+        let (directory, name) = self.parent("remove", path)?;
+        fs::unlinkat(&directory, name, AtFlags::REMOVEDIR).map_err(|errno| failed("remove", path, errno))
+    }
+
+    fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let (old_directory, old) = self.plain("rename", from, false)?;
+        let (new_directory, new) = self.plain("replace", to, true)?;
+        fs::renameat(&old_directory, old, &new_directory, new).map_err(|errno| match errno {
+            Errno::NOENT => failed("rename", from, errno),
+            _ => failed("replace", to, errno),
+        })
+    }
+
+    fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let (old_directory, old) = self.plain("link", from, false)?;
+        let (new_directory, new) = self.parent("create", to)?;
+        fs::linkat(&old_directory, old, &new_directory, new, AtFlags::empty()).map_err(|errno| match errno {
+            Errno::NOENT => failed("link", from, errno),
+            _ => failed("create", to, errno),
+        })
+    }
+
+    fn sync_dir(&self, path: &StorePath) -> Result<()> {
+        let directory = self.directory("sync", path)?;
+        fs::fsync(&directory).map_err(|errno| failed("sync", path, errno))
+    }
+
+    fn space(&self) -> Result<Space> {
+        flock::space(&self.shown).map_err(|error| failed("ask the space of", self.shown.display(), error))
+    }
+
+    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
+        let file = self.open_as("lock", path, OFlags::RDWR | OFlags::CREATE)?;
+        flock::try_lock(file.into_file()).map_err(|error| failed("lock", path, error))
+    }
+
+    fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
+        probe::probe(self, scratch)
+    }
+}
+
+/// Raises the number of files that this process may have open to the most it is allowed, and returns that
+/// number (`u64::MAX` without a limit). A store with long chains needs many; the default is often 1,024.
+/// If the system refuses, the limit stays what it was. Does not block.
+#[expect(clippy::must_use_candidate, reason = "called for what it does")]
+pub fn raise_file_limit() -> u64 {
+    let mut limit = getrlimit(Resource::Nofile);
+    let before = limit.current;
+    limit.current = limit.maximum;
+    let now = if setrlimit(Resource::Nofile, limit).is_ok() { limit.maximum } else { before };
+    now.unwrap_or(u64::MAX)
+}
+
+/// A directory's mode bits that the process's file mode mask took away are given back; bits that the file
+/// system added (an inherited set-group-id) stay.
+fn open_up(parent: &OwnedFd, name: &str, bits: u32) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = match fs::openat(parent, name, flags, Mode::empty()) {
+        // A mask that takes the owner's own right to read also takes the means to mend it.
+        Err(Errno::ACCESS) => return Ok(()),
+        other => other?,
+    };
+    let has = fs::fstat(&made)?.st_mode & 0o7777;
+    if has & 0o777 == bits {
+        return Ok(());
+    }
+    fs::fchmod(&made, Mode::from_raw_mode((has & 0o7000) | bits))
+}
+
+/// Tries to open until whoever has a lease on the file gave it back: with `O_NONBLOCK`, which keeps pipes
+/// from blocking us, the kernel answers EAGAIN meanwhile (an NFS server's delegation, a Samba oplock). It
+/// takes the lease away after `/proc/sys/fs/lease-break-time`, 45 s by default.
+fn when_lease_is_back(mut open: impl FnMut() -> rustix::io::Result<OwnedFd>) -> rustix::io::Result<OwnedFd> {
+    let pause = Duration::from_millis(50);
+    for _ in 0..1200 {
+        match open() {
+            Err(Errno::AGAIN) => thread::sleep(pause),
+            Err(Errno::INTR) => {}
+            done => return done,
+        }
+    }
+    open()
+}
+
+/// A system error as the store's own: what stands in the way of plain files is told apart.
+fn failed(action: &'static str, path: impl ToString, error: impl Into<io::Error>) -> BackendError {
+    let source: io::Error = error.into();
+    // ELOOP: a symbolic link that was not followed. EISDIR, ENXIO, ENODEV: a directory, a pipe without
+    // reader or a socket, a device without driver where a file was wanted.
+    match Errno::from_io_error(&source) {
+        Some(Errno::LOOP | Errno::ISDIR | Errno::NXIO | Errno::NODEV) => {
+            BackendError::NotPlain { path: path.to_string() }
+        }
+        _ => BackendError::from_io(action, path, source),
+    }
+}
+
+fn kind_of(kind: FileType) -> FileKind {
+    match kind {
+        FileType::RegularFile => FileKind::File,
+        FileType::Directory => FileKind::Directory,
+        FileType::Symlink => FileKind::Symlink,
+        _ => FileKind::Special,
+    }
+}
+
+fn stat_of(stat: &fs::Stat) -> Stat {
+    let at = |seconds: i64, nanoseconds: i128| i128::from(seconds) * 1_000_000_000 + nanoseconds;
+    Stat {
+        kind: kind_of(FileType::from_raw_mode(stat.st_mode)),
+        id: FileId { device: stat.st_dev, inode: stat.st_ino },
+        length: u64::try_from(stat.st_size).unwrap_or(0),
+        allocated_bytes: u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512),
+        modified_ns: at(stat.st_mtime, i128::from(stat.st_mtime_nsec)),
+        changed_ns: at(stat.st_ctime, i128::from(stat.st_ctime_nsec)),
+        links: stat.st_nlink,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mode: stat.st_mode & 0o7777,
+    }
+}
