@@ -1,1 +1,403 @@
-//! (being written)
+//! A store that records every call and fails where it is told to.
+//!
+//! Wraps any other store. Calls are numbered from 0 in the order in which they begin, mutating ones a
+//! second time among themselves: "fail the n-th mutating call" with n from 0 up to
+//! [`Faulty::mutations`] visits every place where a verb can be cut off.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+
+use super::{
+    Backend, BackendError, Capabilities, DirEntry, Identity, ImageLocks, Means, Move, Moved, Result, Space,
+    Stat, StoreFile, WalkEntry,
+};
+use crate::ids::StorePath;
+
+/// One call as it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// The method's name.
+    pub name: &'static str,
+    /// The path it is about: of two, the one that changes.
+    pub path: StorePath,
+    /// Its number among the mutating calls, if it is one.
+    pub mutation: Option<u64>,
+}
+
+/// How long a fault lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lasting {
+    /// That call only.
+    Once,
+    /// That call and every mutating one after it: a disk that went bad or full.
+    Onwards,
+    /// That call and every call after it, reads too: the process is dead, as far as the store sees.
+    Dead,
+}
+
+/// A fault to come.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    at: u64,
+    errno: i32,
+    lasting: Lasting,
+    /// Whether the failing call does half its work first.
+    half: bool,
+}
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Plan {
+    calls: Vec<Call>,
+    mutations: u64,
+    fault: Option<Fault>,
+    hooks: BTreeMap<u64, Hook>,
+}
+
+impl fmt::Debug for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plan")
+            .field("calls", &self.calls.len())
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a call is to do.
+enum Verdict {
+    Go,
+    Fail(BackendError),
+    /// Half of the work, then this.
+    Half(BackendError),
+}
+
+/// A store that wraps another, counts, records and fails calls. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct Faulty {
+    inner: Arc<dyn Backend>,
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl Faulty {
+    /// Wraps a store; nothing fails yet.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Backend>) -> Self {
+        Self { inner, plan: Arc::default() }
+    }
+
+    /// Makes the `n`-th mutating call (from 0, counting those already made) fail with a system error
+    /// number, before it does anything. Replaces an earlier order.
+    pub fn fail_at(&self, n: u64, errno: i32, lasting: Lasting) {
+        self.plan().fault = Some(Fault { at: n, errno, lasting, half: false });
+    }
+
+    /// As [`Faulty::fail_at`], but a write or a batch of moves does half of its work first.
+    pub fn fail_halfway_at(&self, n: u64, errno: i32, lasting: Lasting) {
+        self.plan().fault = Some(Fault { at: n, errno, lasting, half: true });
+    }
+
+    /// Nothing fails any more.
+    pub fn heal(&self) {
+        self.plan().fault = None;
+    }
+
+    /// Runs `hook` right before the `n`-th call of any kind (from 0): what another process does meanwhile.
+    /// It may use the wrapped store, and this one (then its calls count too).
+    pub fn before(&self, n: u64, hook: impl FnOnce() + Send + 'static) {
+        self.plan().hooks.insert(n, Box::new(hook));
+    }
+
+    /// All calls so far.
+    #[must_use]
+    pub fn trace(&self) -> Vec<Call> {
+        self.plan().calls.clone()
+    }
+
+    /// How many calls were made.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.plan().calls.len() as u64
+    }
+
+    /// How many mutating calls were made, failed ones included.
+    #[must_use]
+    pub fn mutations(&self) -> u64 {
+        self.plan().mutations
+    }
+
+    fn plan(&self) -> MutexGuard<'_, Plan> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, name: &'static str, path: &StorePath, mutates: bool) -> Verdict {
+        let (hook, fault) = {
+            let mut plan = self.plan();
+            let number = plan.calls.len() as u64;
+            let mutation = mutates.then_some(plan.mutations);
+            plan.mutations += u64::from(mutates);
+            plan.calls.push(Call { name, path: path.clone(), mutation });
+            let next = plan.mutations;
+            let fault = plan.fault.filter(|fault| match (fault.lasting, mutation) {
+                (Lasting::Once, Some(n)) => n == fault.at,
+                (Lasting::Onwards | Lasting::Dead, Some(n)) => n >= fault.at,
+                // A read is dead once the failing call was made.
+                (Lasting::Dead, None) => next > fault.at,
+                (_, None) => false,
+            });
+            (plan.hooks.remove(&number), fault.map(|fault| (fault, mutation)))
+        };
+        // Without the lock: the hook may call this store.
+        if let Some(hook) = hook {
+            hook();
+        }
+        let Some((fault, mutation)) = fault else { return Verdict::Go };
+        let error = injected(name, path, fault.errno);
+        if fault.half && mutation == Some(fault.at) { Verdict::Half(error) } else { Verdict::Fail(error) }
+    }
+
+    /// Counts a call and fails it or not; half of it is none of it.
+    fn call<T>(
+        &self,
+        name: &'static str,
+        path: &StorePath,
+        mutates: bool,
+        call: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        match self.begin(name, path, mutates) {
+            Verdict::Go => call(),
+            Verdict::Fail(error) | Verdict::Half(error) => Err(error),
+        }
+    }
+
+    fn wrap(&self, file: Arc<dyn StoreFile>) -> Arc<dyn StoreFile> {
+        Arc::new(FaultyFile { inner: file, store: self.clone() })
+    }
+}
+
+fn injected(name: &'static str, path: &StorePath, errno: i32) -> BackendError {
+    let source = io::Error::from_raw_os_error(errno);
+    let unsupported = matches!(
+        Errno::from_io_error(&source),
+        Some(Errno::NOTSUP | Errno::INVAL | Errno::XDEV | Errno::NOTTY)
+    );
+    if name == CLONE && unsupported {
+        return BackendError::CannotClone { path: path.to_string(), source };
+    }
+    BackendError::from_io(name, path, source)
+}
+
+/// How a batch of clones appears in the trace; one of copies is `move_runs`.
+const CLONE: &str = "clone_runs";
+
+impl Backend for Faulty {
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+
+    fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        self.call("open", path, false, || self.inner.open(path)).map(|file| self.wrap(file))
+    }
+
+    fn open_writable(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        self.call("open_writable", path, false, || self.inner.open_writable(path)).map(|file| self.wrap(file))
+    }
+
+    fn create(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        self.call("create", path, true, || self.inner.create(path)).map(|file| self.wrap(file))
+    }
+
+    fn stat(&self, path: &StorePath) -> Result<Stat> {
+        self.call("stat", path, false, || self.inner.stat(path))
+    }
+
+    fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
+        self.call("read_dir", path, false, || self.inner.read_dir(path))
+    }
+
+    fn walk(
+        &self,
+        path: &StorePath,
+        max_depth: usize,
+        skip: &dyn Fn(&StorePath) -> bool,
+    ) -> Vec<Result<WalkEntry>> {
+        match self.call("walk", path, false, || Ok(self.inner.walk(path, max_depth, skip))) {
+            Ok(found) => found,
+            Err(error) => vec![Err(error)],
+        }
+    }
+
+    fn create_dir(&self, path: &StorePath, private: bool) -> Result<()> {
+        self.call("create_dir", path, true, || self.inner.create_dir(path, private))
+    }
+
+    fn remove_file(&self, path: &StorePath) -> Result<()> {
+        self.call("remove_file", path, true, || self.inner.remove_file(path))
+    }
+
+    fn remove_dir(&self, path: &StorePath) -> Result<()> {
+        self.call("remove_dir", path, true, || self.inner.remove_dir(path))
+    }
+
+    fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        self.call("rename", to, true, || self.inner.rename(from, to))
+    }
+
+    fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        self.call("hard_link", to, true, || self.inner.hard_link(from, to))
+    }
+
+    fn sync_dir(&self, path: &StorePath) -> Result<()> {
+        self.call("sync_dir", path, true, || self.inner.sync_dir(path))
+    }
+
+    fn space(&self) -> Result<Space> {
+        self.call("space", &StorePath::root(), false, || self.inner.space())
+    }
+
+    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
+        self.call("try_lock", path, true, || self.inner.try_lock(path))
+    }
+
+    fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
+        self.call("probe", scratch, true, || self.inner.probe(scratch))
+    }
+}
+
+/// An open file of a [`Faulty`] store.
+#[derive(Debug)]
+struct FaultyFile {
+    inner: Arc<dyn StoreFile>,
+    store: Faulty,
+}
+
+impl FaultyFile {
+    fn call<T>(&self, name: &'static str, mutates: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.store.call(name, self.inner.path(), mutates, call)
+    }
+}
+
+impl StoreFile for FaultyFile {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn path(&self) -> &StorePath {
+        self.inner.path()
+    }
+
+    fn stat(&self) -> Result<Stat> {
+        self.call("file_stat", false, || self.inner.stat())
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        self.call("read_at", false, || self.inner.read_at(offset, buffer))
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        match self.store.begin("write_at", self.inner.path(), true) {
+            Verdict::Go => self.inner.write_at(offset, data),
+            Verdict::Fail(error) => Err(error),
+            Verdict::Half(error) => {
+                self.inner.write_at(offset, &data[..data.len() / 2])?;
+                Err(error)
+            }
+        }
+    }
+
+    fn set_length(&self, length: u64) -> Result<()> {
+        self.call("set_length", true, || self.inner.set_length(length))
+    }
+
+    fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved> {
+        // The wrapped store knows its own files only.
+        let bare = |source: &Arc<dyn StoreFile>| match source.as_any().downcast_ref::<Self>() {
+            Some(wrapped) => Arc::clone(&wrapped.inner),
+            None => Arc::clone(source),
+        };
+        let sources: Vec<_> = sources.iter().map(bare).collect();
+        let name = if means == Means::Clone { CLONE } else { "move_runs" };
+        match self.store.begin(name, self.inner.path(), true) {
+            Verdict::Go => self.inner.move_runs(&sources, runs, means),
+            Verdict::Fail(error) => Err(error),
+            Verdict::Half(error) => {
+                self.inner.move_runs(&sources, &runs[..runs.len() / 2], means)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.call("sync", true, || self.inner.sync())
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        self.call("drop_cache", false, || self.inner.drop_cache())
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.call("identity", false, || self.inner.identity())
+    }
+
+    fn set_identity(&self, identity: &Identity) -> Result<()> {
+        self.call("set_identity", true, || self.inner.set_identity(identity))
+    }
+
+    fn image_locks(&self) -> Result<ImageLocks> {
+        self.call("image_locks", false, || self.inner.image_locks())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{Faulty, Lasting};
+    use crate::backend::memory::MemoryStore;
+    use crate::backend::{Backend, BackendError};
+    use crate::ids::StorePath;
+
+    const ENOSPC: i32 = 28;
+
+    fn path(text: &str) -> StorePath {
+        StorePath::parse(text).unwrap()
+    }
+
+    #[test]
+    fn faults_last_as_long_as_ordered() {
+        for (lasting, third, read) in
+            [(Lasting::Once, true, true), (Lasting::Onwards, false, true), (Lasting::Dead, false, false)]
+        {
+            let store = Faulty::new(Arc::new(MemoryStore::new()));
+            store.fail_at(1, ENOSPC, lasting);
+            assert!(store.create(&path("a")).is_ok());
+            assert!(matches!(store.create(&path("b")), Err(BackendError::NoSpace { .. })));
+            assert_eq!(store.create(&path("c")).is_ok(), third, "{lasting:?}");
+            assert_eq!(store.stat(&path("a")).is_ok(), read, "{lasting:?}");
+            assert_eq!((store.calls(), store.mutations()), (4, 3));
+        }
+    }
+
+    #[test]
+    fn a_short_write_leaves_half() {
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        store.fail_halfway_at(1, ENOSPC, Lasting::Once);
+        let file = store.create(&path("a")).unwrap();
+        assert!(file.write_at(0, b"abcd").is_err());
+        assert_eq!(file.stat().unwrap().length, 2);
+        assert_eq!(store.trace()[1].name, "write_at");
+    }
+
+    #[test]
+    fn hooks_run_before_their_call() {
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        let other = store.clone();
+        store.before(0, move || drop(other.create(&path("a"))));
+        assert!(matches!(store.create(&path("a")), Err(BackendError::AlreadyExists { .. })));
+    }
+}

@@ -178,3 +178,101 @@ fn sync_directories(backend: &dyn Backend, temporary: &StorePath, target: &Store
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{publish, replace, write_new};
+    use crate::backend::faulty::{Faulty, Lasting};
+    use crate::backend::memory::MemoryStore;
+    use crate::backend::{Backend, Result};
+    use crate::ids::StorePath;
+
+    const EIO: i32 = 5;
+
+    fn path(text: &str) -> StorePath {
+        StorePath::parse(text).unwrap()
+    }
+
+    fn content(store: &MemoryStore, name: &str) -> Option<Vec<u8>> {
+        let file = store.open(&path(name)).ok()?;
+        let mut bytes = vec![0; usize::try_from(file.stat().unwrap().length).unwrap()];
+        file.read_at(0, &mut bytes).unwrap();
+        Some(bytes)
+    }
+
+    fn durable(store: &dyn Backend, name: &str, bytes: &[u8]) {
+        let file = store.create(&path(name)).unwrap();
+        file.write_at(0, bytes).unwrap();
+        file.sync().unwrap();
+        store.sync_dir(&path(name).parent()).unwrap();
+    }
+
+    /// Runs an action on a fresh store, cut off at each of its mutating calls, with each kind of power cut
+    /// after it: the name must stand for one of `allowed`, and for the last of them after a success.
+    fn cut_off_everywhere(target: bool, allowed: &[Option<&[u8]>], action: fn(&dyn Backend) -> Result<()>) {
+        for keep_names in [false, true] {
+            for n in 0.. {
+                let memory = Arc::new(MemoryStore::new());
+                memory.create_dir(&path("d"), true).unwrap();
+                memory.create_dir(&path("tmp"), true).unwrap();
+                memory.sync_dir(&StorePath::root()).unwrap();
+                if target {
+                    durable(memory.as_ref(), "d/a", b"old");
+                }
+                let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+                faulty.fail_halfway_at(n, EIO, Lasting::Dead);
+                let done = action(&faulty).is_ok();
+                if keep_names {
+                    memory.crash_keeping_names();
+                } else {
+                    memory.crash();
+                }
+                let is = content(&memory, "d/a");
+                assert!(allowed.contains(&is.as_deref()), "cut off at {n}: {is:?}");
+                if done {
+                    assert_eq!(is.as_deref(), allowed[allowed.len() - 1], "done, then crashed");
+                    assert!(n > 3, "the fault at {n} was not noticed");
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn publish_is_old_or_new() {
+        cut_off_everywhere(true, &[Some(b"old"), Some(b"new")], |store| {
+            let file = store.create(&path("tmp/t"))?;
+            file.write_at(0, b"new")?;
+            publish(store, &path("tmp/t"), &path("d/a"))
+        });
+    }
+
+    #[test]
+    fn replace_is_old_or_new() {
+        cut_off_everywhere(true, &[Some(b"old"), Some(b"new")], |store| {
+            replace(store, &path("tmp"), &path("d/a"), b"new", true)
+        });
+    }
+
+    #[test]
+    fn write_new_is_nothing_or_all() {
+        cut_off_everywhere(false, &[None, Some(b"new")], |store| {
+            write_new(store, &path("tmp"), &path("d/a"), b"new")
+        });
+    }
+
+    #[test]
+    fn a_lost_answer_is_not_an_error() {
+        // The server did it, its answer was lost, and the call that was sent again failed.
+        let memory = Arc::new(MemoryStore::new());
+        let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+        durable(memory.as_ref(), "t", b"new");
+        let other = Arc::clone(&memory);
+        // Calls: open, sync, stat of the file, stat of the target, rename.
+        faulty.before(4, move || other.rename(&path("t"), &path("a")).unwrap());
+        publish(&faulty, &path("t"), &path("a")).unwrap();
+        assert_eq!(content(&memory, "a").unwrap(), b"new");
+    }
+}

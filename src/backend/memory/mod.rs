@@ -1,0 +1,369 @@
+//! A store in memory, for tests and for simulating a power cut.
+//!
+//! Everything exists twice: *live*, as calls see it, and *durable*, as a crash leaves it. A file's bytes
+//! and attributes become durable by its `sync`, a directory's names by its `sync_dir`, and by nothing else:
+//! more forgetful than most file systems, and just what the contract of [`Backend`] allows.
+//! [`MemoryStore::crash`] makes the durable state the live one; files that were open then answer ESTALE.
+//!
+//! Bytes are kept in chunks of 4 KiB where something was written, so that a file of 60 TiB with little in
+//! it costs little. Clones share chunks.
+
+mod file;
+mod names;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::io::Errno;
+
+use self::file::{Inode, MemoryFile};
+use self::names::{Entry, Names};
+use super::{
+    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, ImageLocks, Result, Space, Stat,
+    StoreFile, WalkEntry,
+};
+use crate::ids::StorePath;
+
+/// The device number of all memory stores; several stores in one test differ by inode ranges.
+const DEVICE: u64 = 0x6d65_6d00;
+
+/// A store in memory. Cloning the handle is by `Arc`.
+#[derive(Debug)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+    clones: bool,
+}
+
+/// What the store and its open files share.
+#[derive(Debug)]
+struct Shared {
+    names: Mutex<Names>,
+    flocks: Mutex<BTreeSet<u64>>,
+    /// Counts crashes: a file opened before one is dead.
+    crashes: AtomicU64,
+    clock: AtomicU64,
+    inodes: AtomicU64,
+    free_bytes: AtomicU64,
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MemoryStore {
+    /// An empty store on which clones work, with a root directory.
+    #[must_use]
+    pub fn new() -> Self {
+        static STORES: AtomicU64 = AtomicU64::new(0);
+        // Each store numbers its inodes from a start of its own: files of two stores never look the same.
+        let first = STORES.fetch_add(1, Ordering::Relaxed).wrapping_mul(1 << 32).wrapping_add(2);
+        let shared = Shared {
+            names: Mutex::new(Names::new(first - 1)),
+            flocks: Mutex::new(BTreeSet::new()),
+            crashes: AtomicU64::new(0),
+            clock: AtomicU64::new(0),
+            inodes: AtomicU64::new(first),
+            free_bytes: AtomicU64::new(1 << 50),
+        };
+        Self { shared: Arc::new(shared), clones: true }
+    }
+
+    /// The same store, with clones working or not.
+    #[must_use]
+    pub fn with_clone(self, works: bool) -> Self {
+        Self { clones: works, ..self }
+    }
+
+    /// A power cut: all that was not synced is gone. Open files and locks are dead.
+    pub fn crash(&self) {
+        self.shared.crashes.fetch_add(1, Ordering::Relaxed);
+        lock(&self.shared.names).crash();
+        lock(&self.shared.flocks).clear();
+    }
+
+    /// A power cut after which all names are as they were last, but only synced bytes: what a file system
+    /// may do that writes names out by itself, and why bytes are synced before a name is given.
+    pub fn crash_keeping_names(&self) {
+        lock(&self.shared.names).sync_all();
+        self.crash();
+    }
+
+    /// Sets what [`Backend::space`] tells; nothing enforces it.
+    pub fn set_free_bytes(&self, bytes: u64) {
+        self.shared.free_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Sets which image locks others seem to hold on a file.
+    pub fn set_image_locks(&self, path: &StorePath, locks: ImageLocks) -> Result<()> {
+        self.file(path)?.set_locks(locks);
+        Ok(())
+    }
+
+    /// Puts a symbolic link (to nowhere) or special file at a free name.
+    pub fn add_special(&self, path: &StorePath, kind: FileKind) -> Result<()> {
+        let number = self.shared.inode();
+        lock(&self.shared.names).add(path, Entry::Other(kind, number))
+    }
+
+    fn file(&self, path: &StorePath) -> Result<Arc<Inode>> {
+        match lock(&self.shared.names).get(path)? {
+            Entry::File(inode) => Ok(inode),
+            _ => Err(BackendError::NotPlain { path: path.to_string() }),
+        }
+    }
+
+    fn opened(&self, inode: Arc<Inode>, path: &StorePath, writable: bool) -> Arc<dyn StoreFile> {
+        Arc::new(MemoryFile::new(Arc::clone(&self.shared), inode, path.clone(), writable, self.clones))
+    }
+}
+
+impl Shared {
+    /// Nanoseconds since 1970, later than ever before: every change can be told from the one before it.
+    fn now(&self) -> i128 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let wall = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        let last = self.clock.fetch_max(wall, Ordering::Relaxed);
+        if last < wall {
+            return wall.into();
+        }
+        i128::from(self.clock.fetch_add(1, Ordering::Relaxed)) + 1
+    }
+
+    fn inode(&self) -> u64 {
+        self.inodes.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// A lock whose holder panicked guards values that are whole all the same.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(action: &'static str, path: &StorePath, errno: Errno) -> BackendError {
+    BackendError::from_io(action, path, io::Error::from(errno))
+}
+
+impl Backend for MemoryStore {
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+
+    fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        Ok(self.opened(self.file(path)?, path, false))
+    }
+
+    fn open_writable(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        Ok(self.opened(self.file(path)?, path, true))
+    }
+
+    fn create(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
+        let inode = Arc::new(Inode::new(self.shared.inode(), self.shared.now()));
+        lock(&self.shared.names).add(path, Entry::File(Arc::clone(&inode)))?;
+        Ok(self.opened(inode, path, true))
+    }
+
+    fn stat(&self, path: &StorePath) -> Result<Stat> {
+        let entry = lock(&self.shared.names).get(path)?;
+        let (kind, inode, mode) = match &entry {
+            Entry::File(inode) => return Ok(inode.stat()),
+            Entry::Directory(number, mode) => (FileKind::Directory, *number, *mode),
+            Entry::Other(kind, number) => (*kind, *number, 0o777),
+        };
+        Ok(Stat {
+            kind,
+            id: FileId { device: DEVICE, inode },
+            length: 0,
+            allocated_bytes: 0,
+            modified_ns: 0,
+            changed_ns: 0,
+            links: 1,
+            uid: 0,
+            gid: 0,
+            mode,
+        })
+    }
+
+    fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
+        let names = lock(&self.shared.names);
+        let entries = names.list(path)?.iter();
+        Ok(entries.map(|(name, entry)| DirEntry { name: Ok(name.clone()), kind: entry.kind() }).collect())
+    }
+
+    fn walk(
+        &self,
+        path: &StorePath,
+        max_depth: usize,
+        skip: &dyn Fn(&StorePath) -> bool,
+    ) -> Vec<Result<WalkEntry>> {
+        let found = match lock(&self.shared.names).walk(path, max_depth) {
+            Ok(found) => found,
+            Err(error) => return vec![Err(error)],
+        };
+        // The caller's function runs without the lock: it may well ask the store.
+        let mut skipped: Option<String> = None;
+        let mut entries = Vec::new();
+        for (path, kind) in found {
+            if skipped.as_ref().is_some_and(|prefix| path.as_str().starts_with(prefix)) {
+                continue;
+            }
+            if kind == FileKind::Directory && skip(&path) {
+                skipped = Some(format!("{path}/"));
+            }
+            entries.push(Ok(WalkEntry { path: Ok(path), kind }));
+        }
+        entries
+    }
+
+    fn create_dir(&self, path: &StorePath, private: bool) -> Result<()> {
+        let number = self.shared.inode();
+        let mode = if private { 0o700 } else { 0o755 };
+        lock(&self.shared.names).add(path, Entry::Directory(number, mode))
+    }
+
+    fn remove_file(&self, path: &StorePath) -> Result<()> {
+        let now = self.shared.now();
+        lock(&self.shared.names).remove_file(path, now)
+    }
+
+    fn remove_dir(&self, path: &StorePath) -> Result<()> {
+        lock(&self.shared.names).remove_dir(path)
+    }
+
+    fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let now = self.shared.now();
+        lock(&self.shared.names).rename(from, to, now)
+    }
+
+    fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let inode = self.file(from)?;
+        lock(&self.shared.names).add(to, Entry::File(Arc::clone(&inode)))?;
+        inode.change_links(1, self.shared.now());
+        Ok(())
+    }
+
+    fn sync_dir(&self, path: &StorePath) -> Result<()> {
+        lock(&self.shared.names).sync(path)
+    }
+
+    fn space(&self) -> Result<Space> {
+        Ok(Space { free_bytes: self.shared.free_bytes.load(Ordering::Relaxed), total_bytes: 1 << 50 })
+    }
+
+    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
+        let number = match self.create(path) {
+            Ok(file) => file.stat()?.id.inode,
+            Err(BackendError::AlreadyExists { .. }) => self.file(path)?.stat().id.inode,
+            Err(error) => return Err(error),
+        };
+        if !lock(&self.shared.flocks).insert(number) {
+            return Ok(None);
+        }
+        let crashes = self.shared.crashes.load(Ordering::Relaxed);
+        Ok(Some(Box::new(Flock { shared: Arc::clone(&self.shared), number, crashes })))
+    }
+
+    fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
+        lock(&self.shared.names).list(scratch)?;
+        Ok(Capabilities {
+            clone: self.clones,
+            clone_alignment: if self.clones { file::CHUNK } else { 0 },
+            hard_links: true,
+            byte_range_locks: true,
+            rename_exchange: false,
+            direct_io: false,
+            network: false,
+        })
+    }
+}
+
+/// A lock held.
+struct Flock {
+    shared: Arc<Shared>,
+    number: u64,
+    crashes: u64,
+}
+
+impl Drop for Flock {
+    fn drop(&mut self) {
+        // A lock from before a crash is gone, and may be somebody else's by now.
+        if self.shared.crashes.load(Ordering::Relaxed) == self.crashes {
+            lock(&self.shared.flocks).remove(&self.number);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MemoryStore;
+    use crate::backend::{Backend, BackendError, StoreFile};
+    use crate::ids::StorePath;
+
+    fn path(text: &str) -> StorePath {
+        StorePath::parse(text).unwrap()
+    }
+
+    fn bytes(file: &dyn StoreFile) -> Vec<u8> {
+        let mut buffer = vec![0; usize::try_from(file.stat().unwrap().length).unwrap()];
+        file.read_at(0, &mut buffer).unwrap();
+        buffer
+    }
+
+    #[test]
+    fn a_crash_takes_what_was_not_synced() {
+        let store = MemoryStore::new();
+        let kept = store.create(&path("kept")).unwrap();
+        kept.write_at(0, b"old").unwrap();
+        kept.sync().unwrap();
+        store.create(&path("empty")).unwrap().write_at(0, b"never synced").unwrap();
+        store.sync_dir(&StorePath::root()).unwrap();
+        kept.write_at(0, b"new").unwrap();
+        store.create(&path("unnamed")).unwrap().sync().unwrap();
+        store.crash();
+        assert_eq!(bytes(store.open(&path("kept")).unwrap().as_ref()), b"old");
+        assert_eq!(store.stat(&path("empty")).unwrap().length, 0);
+        assert!(matches!(store.stat(&path("unnamed")), Err(BackendError::NotFound { .. })));
+        assert!(kept.stat().is_err(), "a file open over a crash is dead");
+    }
+
+    #[test]
+    fn a_rename_is_durable_with_its_directory() {
+        let store = MemoryStore::new();
+        for name in ["a", "b"] {
+            let file = store.create(&path(name)).unwrap();
+            file.write_at(0, name.as_bytes()).unwrap();
+            file.sync().unwrap();
+        }
+        store.sync_dir(&StorePath::root()).unwrap();
+        store.rename(&path("a"), &path("b")).unwrap();
+        store.crash();
+        assert_eq!(bytes(store.open(&path("b")).unwrap().as_ref()), b"b");
+        store.rename(&path("a"), &path("b")).unwrap();
+        store.sync_dir(&StorePath::root()).unwrap();
+        store.crash();
+        assert_eq!(bytes(store.open(&path("b")).unwrap().as_ref()), b"a");
+        assert!(store.stat(&path("a")).is_err());
+        assert_eq!(store.stat(&path("b")).unwrap().links, 1);
+    }
+
+    #[test]
+    fn names_may_outlive_bytes() {
+        let store = MemoryStore::new();
+        store.create(&path("a")).unwrap().write_at(0, b"x").unwrap();
+        store.crash_keeping_names();
+        assert_eq!(store.stat(&path("a")).unwrap().length, 0);
+    }
+
+    #[test]
+    fn a_huge_sparse_file_costs_little() {
+        let store = MemoryStore::new();
+        let file = store.create(&path("a")).unwrap();
+        file.set_length(60 << 40).unwrap();
+        file.write_at((60 << 40) - 1, b"x").unwrap();
+        assert_eq!(file.stat().unwrap().allocated_bytes, 4096);
+    }
+}
