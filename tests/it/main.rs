@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers outside of #[test] functions fail a test by panicking, too")]
 
+mod conformance;
 mod qcow2_check;
 mod qcow2_read;
 mod support;
