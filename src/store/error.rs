@@ -1,0 +1,147 @@
+//! Errors of the store layer.
+
+use crate::backend::BackendError;
+use crate::chain::graph::ChainError;
+use crate::failure::{Code, Failure, Kind};
+use crate::qcow2::ImageError;
+
+/// What the store layer gives.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// Something on a store could not be read or understood.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system failed.
+    #[error("failed to read the store {store}")]
+    Backend {
+        /// The store.
+        store: String,
+        /// The cause.
+        #[source]
+        source: BackendError,
+    },
+    /// An image failed.
+    #[error("failed to read member {member}")]
+    Image {
+        /// The member's install path.
+        member: String,
+        /// The cause.
+        #[source]
+        source: ImageError,
+    },
+    /// The members below one cannot be told.
+    #[error("failed to follow the chain of {member}")]
+    Chain {
+        /// The member.
+        member: String,
+        /// The cause.
+        #[source]
+        source: ChainError,
+    },
+    /// The store was never opted in, or is not mounted.
+    #[error("{store} has no .qchain/store.json: not initialised, not mounted, or another mount")]
+    NotInitialised {
+        /// The store.
+        store: String,
+    },
+    /// `store.json` asks older programs to keep off.
+    #[error("{store} asks for a qchain that writes layout version {needed}; this one writes {known}")]
+    Newer {
+        /// The store.
+        store: String,
+        /// Version asked for.
+        needed: u32,
+        /// Version known.
+        known: u32,
+    },
+    /// `store.json` cannot be understood.
+    #[error("{store}/.qchain/store.json is damaged: {detail}")]
+    BadRecord {
+        /// The store.
+        store: String,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A store of the zone is missing.
+    #[error("the zone's store {name} ({id}) is not configured or not present")]
+    Absent {
+        /// Its name when it was listed.
+        name: String,
+        /// Its id.
+        id: String,
+    },
+    /// Another process changes the store.
+    #[error("another qchain is changing {store}")]
+    Busy {
+        /// The store.
+        store: String,
+    },
+    /// Nothing has that name.
+    #[error("no member is called {name}")]
+    NotFound {
+        /// The name.
+        name: String,
+    },
+    /// Several members have that name.
+    #[error("{name} fits several members: {}", .candidates.join(", "))]
+    Ambiguous {
+        /// The name.
+        name: String,
+        /// The members, as they can be written, at most 10.
+        candidates: Vec<String>,
+    },
+    /// The call does not make sense.
+    #[error("{detail}")]
+    Usage {
+        /// Why.
+        detail: String,
+    },
+}
+
+impl StoreError {
+    /// Wraps a backend's error.
+    #[must_use]
+    pub fn backend(store: &super::Store, source: BackendError) -> Self {
+        Self::Backend { store: store.backend().describe(), source }
+    }
+}
+
+impl Failure for StoreError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Backend { source, .. } => source.kind(),
+            Self::Image { source, .. } => source.kind(),
+            Self::Chain { source, .. } => source.kind(),
+            Self::NotInitialised { .. }
+            | Self::Newer { .. }
+            | Self::BadRecord { .. }
+            | Self::Absent { .. } => Kind::Refused,
+            Self::Busy { .. } => Kind::Busy,
+            Self::NotFound { .. } => Kind::NotFound,
+            Self::Ambiguous { .. } | Self::Usage { .. } => Kind::Usage,
+        }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::Backend { source, .. } => source.code(),
+            Self::Image { source, .. } => source.code(),
+            Self::Chain { source, .. } => source.code(),
+            Self::NotInitialised { .. } | Self::BadRecord { .. } => Code::NotInitialised,
+            Self::Newer { .. } => Code::NewerStore,
+            Self::Absent { .. } => Code::StoreAbsent,
+            Self::Busy { .. } => Code::StoreBusy,
+            Self::NotFound { .. } => Code::NotFound,
+            Self::Ambiguous { .. } => Code::Ambiguous,
+            Self::Usage { .. } => Code::Usage,
+        }
+    }
+
+    fn member(&self) -> Option<&str> {
+        match self {
+            Self::Image { member, .. } | Self::Chain { member, .. } => Some(member),
+            Self::NotFound { name } | Self::Ambiguous { name, .. } => Some(name),
+            _ => None,
+        }
+    }
+}

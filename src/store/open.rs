@@ -1,0 +1,178 @@
+//! Stores as they are configured, and as they are found.
+
+use std::sync::Arc;
+
+use crate::backend::{Backend, BackendError, read_padded};
+use crate::cloudstack::backing::{StoreNames, Style};
+use crate::cloudstack::prefix::StoreUrl;
+use crate::ids::{StoreId, StorePath};
+use crate::store::error::{Result, StoreError};
+use crate::store::record::{FORMAT, MAX_RECORD_BYTES, StoreKind, StoreRecord, own};
+
+/// What the configuration or `--store` says of a store.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// Its name on the command line.
+    pub id: StoreId,
+    /// The directory as text, absolute: also a prefix that backing names may carry.
+    pub root: String,
+    /// CloudStack's URL of it.
+    pub url: Option<StoreUrl>,
+    /// More prefixes that backing names may carry.
+    pub aliases: Vec<String>,
+    /// How backing names are written.
+    pub backing: Style,
+}
+
+/// One store, opened.
+#[derive(Clone, Debug)]
+pub struct Store {
+    config: StoreConfig,
+    backend: Arc<dyn Backend>,
+    record: Option<StoreRecord>,
+    kind: StoreKind,
+}
+
+impl Store {
+    /// Opens a store for reading: reads its `store.json` if there is one.
+    pub fn open(config: StoreConfig, backend: Arc<dyn Backend>) -> Result<Self> {
+        let record = read_record(backend.as_ref())?;
+        let kind = match &record {
+            Some(record) => record.kind,
+            None if StorePath::parse("snapshots").is_ok_and(|path| backend.stat(&path).is_ok()) => {
+                StoreKind::Cloudstack
+            }
+            None => StoreKind::Plain,
+        };
+        Ok(Self { config, backend, record, kind })
+    }
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn id(&self) -> &StoreId {
+        &self.config.id
+    }
+
+    /// The prefixes that backing names may carry for it.
+    #[must_use]
+    pub fn names(&self) -> StoreNames {
+        let StoreConfig { id, root, url, aliases, .. } = &self.config;
+        StoreNames::new(id.clone(), Some(root), url.as_ref(), aliases)
+    }
+
+    /// What the configuration says of it.
+    #[must_use]
+    pub fn config(&self) -> &StoreConfig {
+        &self.config
+    }
+
+    /// The files.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// Its `store.json`, if it was opted in.
+    #[must_use]
+    pub fn record(&self) -> Option<&StoreRecord> {
+        self.record.as_ref()
+    }
+
+    /// What it holds; guessed if it was not opted in.
+    #[must_use]
+    pub fn kind(&self) -> StoreKind {
+        self.kind
+    }
+
+    /// The record, if this program may change the store.
+    pub fn writable_record(&self) -> Result<&StoreRecord> {
+        let store = self.backend.describe();
+        let record = self.record.as_ref().ok_or(StoreError::NotInitialised { store })?;
+        if record.least_writer > FORMAT {
+            let store = self.backend.describe();
+            return Err(StoreError::Newer { store, needed: record.least_writer, known: FORMAT });
+        }
+        Ok(record)
+    }
+}
+
+/// Reads `store.json`; `None` if there is none.
+fn read_record(backend: &dyn Backend) -> Result<Option<StoreRecord>> {
+    let store = backend.describe();
+    let file = match backend.open(&own(&["store.json"])) {
+        Ok(file) => file,
+        Err(BackendError::NotFound { .. }) => return Ok(None),
+        Err(source) => return Err(StoreError::Backend { store, source }),
+    };
+    let fail = |source| StoreError::Backend { store: store.clone(), source };
+    let length = file.stat().map_err(fail)?.length.min(MAX_RECORD_BYTES);
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+    read_padded(file.as_ref(), 0, &mut bytes).map_err(fail)?;
+    StoreRecord::decode(&bytes).map(Some).map_err(|detail| StoreError::BadRecord { store, detail })
+}
+
+/// All stores of a call, in the order they were configured.
+#[derive(Clone, Debug, Default)]
+pub struct Stores(Vec<Store>);
+
+impl Stores {
+    /// Takes opened stores; two with one id are a usage error.
+    pub fn new(stores: Vec<Store>) -> Result<Self> {
+        let mut ids = std::collections::BTreeSet::new();
+        for store in &stores {
+            if !ids.insert(store.id().as_str()) {
+                let detail = format!("two stores are called {}; give one another name", store.id());
+                return Err(StoreError::Usage { detail });
+            }
+        }
+        Ok(Self(stores))
+    }
+
+    /// Each with its index.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Store)> {
+        self.0.iter().enumerate()
+    }
+
+    /// One by its index.
+    pub fn get(&self, index: usize) -> Result<&Store> {
+        self.0.get(index).ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether a change may be planned: each store opted in, none newer, the whole zone present.
+    pub fn check_writable(&self) -> Result<()> {
+        let mut present = std::collections::BTreeSet::new();
+        for store in &self.0 {
+            present.insert(store.writable_record()?.id.clone());
+        }
+        for store in &self.0 {
+            for member in store.record.iter().flat_map(|record| &record.zone) {
+                if !present.contains(&member.id) {
+                    let (name, id) = (member.name.clone(), member.id.clone());
+                    return Err(StoreError::Absent { name, id });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `STORE:install/path`, or the bare path where there is one store only: how a member is written.
+    #[must_use]
+    pub fn display(&self, key: &crate::chain::graph::Key) -> String {
+        match self.0.get(key.store) {
+            Some(store) if self.0.len() > 1 => format!("{}:{}", store.id(), key.path),
+            _ => key.path.as_str().to_owned(),
+        }
+    }
+}
