@@ -1,1 +1,9 @@
-//! (being written)
+//! The verbs: one folder each, with `plan.rs` (pure), `run.rs` and `report.rs` as far as it has them.
+//!
+//! Verbs take opened [`Stores`](crate::store::Stores) and a scan and give reports, values that the edges
+//! render; nothing here knows a terminal or HTTP. Verbs never import each other; what two need moves down a
+//! layer.
+
+mod error;
+
+pub use error::{OpError, Result};

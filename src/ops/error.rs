@@ -1,0 +1,99 @@
+//! How a verb fails.
+
+use crate::chain::delete::DeleteError;
+use crate::failure::{Code, Failure, Kind};
+use crate::progress::Cancelled;
+use crate::qcow2::ImageError;
+use crate::store::StoreError;
+
+/// What a verb gives.
+pub type Result<T> = std::result::Result<T, OpError>;
+
+/// A verb that could not be done, or was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// Reading the stores failed, or a name does not fit.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// An image failed.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The members to delete cannot be taken out of their tree.
+    #[error(transparent)]
+    Delete(#[from] DeleteError),
+    /// Understood and not done.
+    #[error("{member}: {message}")]
+    Refused {
+        /// The reason; decides the kind.
+        code: Code,
+        /// The member, as it can be written.
+        member: String,
+        /// Why, in a sentence.
+        message: String,
+    },
+    /// Too little room.
+    #[error("{store} has {free_bytes} bytes free; {needed_bytes} are needed")]
+    NoSpace {
+        /// The store.
+        store: String,
+        /// Bytes free.
+        free_bytes: u64,
+        /// Bytes needed.
+        needed_bytes: u64,
+    },
+    /// Stopped on request.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+}
+
+impl Failure for OpError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Store(error) => error.kind(),
+            Self::Image(error) => error.kind(),
+            Self::Delete(error) => error.kind(),
+            Self::Refused { code, .. } => refusal_kind(*code),
+            Self::NoSpace { .. } => Kind::NoSpace,
+            Self::Cancelled(_) => Kind::Cancelled,
+        }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::Store(error) => error.code(),
+            Self::Image(error) => error.code(),
+            Self::Delete(error) => error.code(),
+            Self::Refused { code, .. } => *code,
+            Self::NoSpace { .. } => Code::NoSpace,
+            Self::Cancelled(_) => Code::Cancelled,
+        }
+    }
+
+    fn member(&self) -> Option<&str> {
+        match self {
+            Self::Store(error) => error.member(),
+            Self::Image(error) => error.member(),
+            Self::Delete(error) => error.member(),
+            Self::Refused { member, .. } => Some(member),
+            Self::NoSpace { .. } | Self::Cancelled(_) => None,
+        }
+    }
+}
+
+/// The kind of a refusal: what is in use is busy, what is broken is corrupt, all else is refused.
+fn refusal_kind(code: Code) -> Kind {
+    match code {
+        Code::Incoming | Code::Locked | Code::StoreBusy => Kind::Busy,
+        Code::NotFound => Kind::NotFound,
+        Code::Usage | Code::Ambiguous => Kind::Usage,
+        Code::Truncated | Code::NotQcow2 | Code::BadHeader | Code::BadEntry | Code::HugeTable => {
+            Kind::Corrupt
+        }
+        Code::Encrypted | Code::DataFile | Code::UnknownFeature | Code::MarkedCorrupt => Kind::Corrupt,
+        Code::SharedCluster | Code::Overlap | Code::BadCompression | Code::WrongFormat => Kind::Corrupt,
+        Code::MissingParent | Code::Cycle | Code::OutsideName | Code::AmbiguousParent => Kind::Corrupt,
+        Code::Io => Kind::Io,
+        Code::Cancelled => Kind::Cancelled,
+        _ => Kind::Refused,
+    }
+}
