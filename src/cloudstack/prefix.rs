@@ -9,6 +9,8 @@
 //!   (`NfsSecondaryStorageResource.mountUri`). It resolves the host's name; here nothing is looked up, so
 //!   the prefix is known only if the URL has an address.
 
+use std::fmt;
+
 use std::net::{IpAddr, Ipv6Addr};
 
 use md5::{Digest as _, Md5};
@@ -27,6 +29,12 @@ pub struct StoreUrl {
     host: String,
     /// Path, percent signs decoded, with its leading slash.
     path: String,
+}
+
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "nfs://{}{}", self.host, self.path)
+    }
 }
 
 /// Why a text is no store's URL.

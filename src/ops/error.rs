@@ -86,12 +86,23 @@ fn refusal_kind(code: Code) -> Kind {
         Code::Incoming | Code::Locked | Code::StoreBusy => Kind::Busy,
         Code::NotFound => Kind::NotFound,
         Code::Usage | Code::Ambiguous => Kind::Usage,
-        Code::Truncated | Code::NotQcow2 | Code::BadHeader | Code::BadEntry | Code::HugeTable => {
-            Kind::Corrupt
-        }
-        Code::Encrypted | Code::DataFile | Code::UnknownFeature | Code::MarkedCorrupt => Kind::Corrupt,
-        Code::SharedCluster | Code::Overlap | Code::BadCompression | Code::WrongFormat => Kind::Corrupt,
-        Code::MissingParent | Code::Cycle | Code::OutsideName | Code::AmbiguousParent => Kind::Corrupt,
+        Code::Truncated
+        | Code::NotQcow2
+        | Code::BadHeader
+        | Code::BadEntry
+        | Code::HugeTable
+        | Code::Encrypted
+        | Code::DataFile
+        | Code::UnknownFeature
+        | Code::MarkedCorrupt
+        | Code::SharedCluster
+        | Code::Overlap
+        | Code::BadCompression
+        | Code::WrongFormat
+        | Code::MissingParent
+        | Code::Cycle
+        | Code::OutsideName
+        | Code::AmbiguousParent => Kind::Corrupt,
         Code::Io => Kind::Io,
         Code::Cancelled => Kind::Cancelled,
         _ => Kind::Refused,

@@ -17,6 +17,7 @@ pub mod cache;
 pub mod chain;
 mod error;
 pub mod facts;
+pub mod merge;
 pub mod names;
 mod open;
 pub mod record;

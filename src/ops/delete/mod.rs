@@ -1,0 +1,16 @@
+//! `delete`: merges members away into their children, or removes a tip.
+//!
+//! [`plan`](plan()) says what would be done, from a scan and the maps, changing nothing; [`run`](run()) does
+//! just that. Rules on what may be deleted are in `select`, one merge is in `merge`, the order of names
+//! in `run`.
+
+mod merge;
+mod plan;
+mod report;
+mod run;
+mod select;
+
+pub use plan::{Entry, Mode, Plan, TreePlan, plan};
+pub use report::{Outcome, Report, Status};
+pub use run::{Context, run};
+pub use select::{ModeChoice, Request};

@@ -1,0 +1,272 @@
+//! What a delete would do: the values that `--dry-run` prints and that [`run`](super::run()) carries out.
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+
+use crate::backend::Capabilities;
+use crate::chain::delete::{Departure, Merge};
+use crate::chain::graph::NodeId;
+use crate::failure::Code;
+use crate::ops::delete::select::{ModeChoice, Request, select};
+use crate::ops::{OpError, Result};
+use crate::store::Stores;
+use crate::store::merge::{Cost, MergeInput};
+use crate::store::record::own;
+use crate::store::scan::Scan;
+
+/// How data is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// By sharing extents.
+    Clone,
+    /// By copying.
+    Copy,
+    /// Nothing is moved: a name goes.
+    Remove,
+}
+
+impl Mode {
+    /// The word in reports.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Clone => "clone",
+            Self::Copy => "copy",
+            Self::Remove => "remove",
+        }
+    }
+}
+
+/// One survivor to be written, or one member whose name goes without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The deleted members, lowest first.
+    pub members: Vec<NodeId>,
+    /// The survivor that they are merged into; `None` if nobody reads them.
+    pub into: Option<NodeId>,
+    /// How.
+    pub mode: Mode,
+    /// Why so.
+    pub reason: String,
+    /// What it costs.
+    pub cost: Cost,
+    /// The space that comes back once all names are gone, in bytes, as far as the allocation of the files tells.
+    pub bytes_to_free: u64,
+    /// The space that is needed meanwhile, in bytes.
+    pub bytes_needed: u64,
+    /// The merge, for a survivor.
+    pub merge: Option<Merge>,
+}
+
+/// What happens to one tree.
+#[derive(Debug)]
+pub struct TreePlan {
+    /// The members asked away that lie in it.
+    pub targets: Vec<NodeId>,
+    /// Survivors first, then removals.
+    pub entries: Vec<Entry>,
+    /// Every deleted member, children first, with the survivors that must be published before it goes.
+    pub departures: Vec<Departure>,
+    /// Why nothing happens to it.
+    pub refusal: Option<OpError>,
+}
+
+/// What a delete would do, tree by tree.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// The trees, in the order of the first target of each.
+    pub trees: Vec<TreePlan>,
+    /// What each store concerned can do.
+    pub capabilities: BTreeMap<usize, Capabilities>,
+}
+
+impl Plan {
+    /// All entries.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.trees.iter().flat_map(|tree| &tree.entries)
+    }
+}
+
+/// Plans the deletion. A tree that cannot be changed is refused by itself; fails only if nothing at all can be
+/// planned: with the first refusal if every tree has one. Reads headers and tables; writes only the probes of
+/// what a store can do, under `.qchain/tmp`.
+pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan> {
+    stores.check_writable()?;
+    if request.mode == ModeChoice::InPlace {
+        let message = "this version merges into new files only (modes clone and copy)".to_owned();
+        return Err(OpError::Refused { code: Code::ModeImpossible, member: "in-place".to_owned(), message });
+    }
+    let mut trees: Vec<(usize, Vec<NodeId>)> = Vec::new();
+    for target in &request.targets {
+        let tree = scan.graph.tree_of(*target);
+        match trees.iter_mut().find(|(index, _)| *index == tree) {
+            Some((_, targets)) => targets.push(*target),
+            None => trees.push((tree, vec![*target])),
+        }
+    }
+    let mut capabilities = BTreeMap::new();
+    for target in &request.targets {
+        let index = scan.graph.node(*target).key.store;
+        if let std::collections::btree_map::Entry::Vacant(place) = capabilities.entry(index) {
+            place.insert(probe(stores, index)?);
+        }
+    }
+    let mut trees: Vec<TreePlan> = trees
+        .into_par_iter()
+        .map(|(_, targets)| plan_tree(stores, scan, request, &capabilities, targets))
+        .collect();
+    check_space(stores, scan, &mut trees)?;
+    if trees.iter().all(|tree| tree.refusal.is_some())
+        && let Some(refusal) = trees.iter_mut().find_map(|tree| tree.refusal.take())
+    {
+        return Err(refusal);
+    }
+    Ok(Plan { trees, capabilities })
+}
+
+fn probe(stores: &Stores, index: usize) -> Result<Capabilities> {
+    let store = stores.get(index)?;
+    let found = store.backend().probe(&own(&["tmp"]));
+    found.map_err(|source| crate::store::StoreError::backend(store, source).into())
+}
+
+fn plan_tree(
+    stores: &Stores,
+    scan: &Scan,
+    request: &Request<'_>,
+    capabilities: &BTreeMap<usize, Capabilities>,
+    targets: Vec<NodeId>,
+) -> TreePlan {
+    let planned = select(stores, scan, request, &targets).and_then(|groups| {
+        let mut entries = groups
+            .merges
+            .iter()
+            .map(|merge| plan_merge(stores, scan, request, capabilities, merge))
+            .collect::<Result<Vec<_>>>()?;
+        entries.extend(groups.removals.iter().map(|member| plan_removal(scan, *member)));
+        Ok((entries, groups.departures))
+    });
+    match planned {
+        Ok((entries, departures)) => TreePlan { targets, entries, departures, refusal: None },
+        Err(refusal) => {
+            TreePlan { targets, entries: Vec::new(), departures: Vec::new(), refusal: Some(refusal) }
+        }
+    }
+}
+
+fn plan_removal(scan: &Scan, member: NodeId) -> Entry {
+    Entry {
+        members: vec![member],
+        into: None,
+        mode: Mode::Remove,
+        reason: "no member that stays reads through it".to_owned(),
+        cost: Cost::default(),
+        bytes_to_free: allocated(scan, member),
+        bytes_needed: 0,
+        merge: None,
+    }
+}
+
+fn plan_merge(
+    stores: &Stores,
+    scan: &Scan,
+    request: &Request<'_>,
+    capabilities: &BTreeMap<usize, Capabilities>,
+    merge: &Merge,
+) -> Result<Entry> {
+    let input = MergeInput::open(stores, scan, merge)?;
+    if !request.force {
+        super::merge::check_checkpoint(stores, scan, merge)?;
+    }
+    let layout = input.layout()?;
+    let store = scan.graph.node(merge.survivor).key.store;
+    let probed = capabilities.get(&store);
+    let (mode, reason) = choose(stores, scan, request.mode, merge, probed)?;
+    let alignment = input.clone_alignment(probed.filter(|_| mode == Mode::Clone));
+    let cost = MergeInput::cost(&layout, &alignment);
+    let reason = match mode {
+        Mode::Clone => format!("{reason}; {} runs are cloned", cost.clone_runs),
+        Mode::Copy | Mode::Remove => reason,
+    };
+    // A member with several children goes with the last of them; its space is counted with its first.
+    let first_child = |id: &NodeId| {
+        let child = merge.merged.iter().position(|other| other == id);
+        let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
+        scan.graph.children(*id).first() == Some(above)
+    };
+    let gone: u64 = merge.merged.iter().filter(|id| first_child(id)).map(|id| allocated(scan, *id)).sum();
+    let before = gone + allocated(scan, merge.survivor);
+    Ok(Entry {
+        members: merge.merged.clone(),
+        into: Some(merge.survivor),
+        mode,
+        reason,
+        cost,
+        bytes_to_free: before.saturating_sub(cost.file_bytes()),
+        bytes_needed: cost.written_bytes(),
+        merge: Some(merge.clone()),
+    })
+}
+
+fn choose(
+    stores: &Stores,
+    scan: &Scan,
+    asked: ModeChoice,
+    merge: &Merge,
+    capabilities: Option<&Capabilities>,
+) -> Result<(Mode, String)> {
+    let clones = capabilities.is_some_and(|found| found.clone);
+    match asked {
+        ModeChoice::Copy => Ok((Mode::Copy, "asked for".to_owned())),
+        ModeChoice::Clone if clones => Ok((Mode::Clone, "asked for".to_owned())),
+        ModeChoice::Clone | ModeChoice::InPlace => {
+            let member = stores.display(&scan.graph.node(merge.survivor).key);
+            let message = "its file system cannot share extents between files".to_owned();
+            Err(OpError::Refused { code: Code::ModeImpossible, member, message })
+        }
+        ModeChoice::Auto if clones => Ok((Mode::Clone, "the file system shares extents".to_owned())),
+        ModeChoice::Auto => Ok((Mode::Copy, "the file system cannot share extents".to_owned())),
+    }
+}
+
+/// Refuses what does not fit beside what was planned before it. All entries may run at the same time.
+fn check_space(stores: &Stores, scan: &Scan, trees: &mut [TreePlan]) -> Result<()> {
+    let mut free: BTreeMap<usize, u64> = BTreeMap::new();
+    for tree in trees {
+        for (store, needed_bytes) in needs(scan, tree) {
+            let opened = stores.get(store)?;
+            if let std::collections::btree_map::Entry::Vacant(place) = free.entry(store) {
+                let space = opened.backend().space();
+                let space = space.map_err(|source| crate::store::StoreError::backend(opened, source))?;
+                place.insert(space.free_bytes);
+            }
+            let Some(left) = free.get_mut(&store) else { continue };
+            if let Some(rest) = left.checked_sub(needed_bytes) {
+                *left = rest;
+            } else {
+                let store = opened.backend().describe();
+                tree.refusal = Some(OpError::NoSpace { store, free_bytes: *left, needed_bytes });
+                tree.entries.clear();
+                tree.departures.clear();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that a tree's entries need, by store.
+fn needs(scan: &Scan, tree: &TreePlan) -> BTreeMap<usize, u64> {
+    let mut needs = BTreeMap::new();
+    for (store, bytes) in tree.entries.iter().filter_map(|entry| {
+        let into = entry.into?;
+        Some((scan.graph.node(into).key.store, entry.bytes_needed))
+    }) {
+        *needs.entry(store).or_insert(0) += bytes;
+    }
+    needs
+}
+
+fn allocated(scan: &Scan, id: NodeId) -> u64 {
+    scan.member(id).map_or(0, |member| member.stat.allocated_bytes)
+}

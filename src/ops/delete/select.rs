@@ -1,0 +1,208 @@
+//! What may be deleted (design, sections 1 and 5). Pure: a scan and a request in, merges or a refusal out.
+
+use std::collections::BTreeSet;
+
+use crate::chain::delete::{Groups, group};
+use crate::chain::graph::{NodeId, Parent};
+use crate::cloudstack::records::Records;
+use crate::failure::Code;
+use crate::ops::{OpError, Result};
+use crate::store::Stores;
+use crate::store::record::StoreKind;
+use crate::store::scan::{Member, Scan};
+
+/// Which way of moving data was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ModeChoice {
+    /// The cheapest that works.
+    #[default]
+    Auto,
+    /// By sharing extents, or not at all.
+    Clone,
+    /// By writing into the deleted member, or not at all.
+    InPlace,
+    /// By copying.
+    Copy,
+}
+
+/// What is to be deleted, and what its caller vouches for.
+#[derive(Debug, Default)]
+pub struct Request<'a> {
+    /// The members.
+    pub targets: Vec<NodeId>,
+    /// How to move data.
+    pub mode: ModeChoice,
+    /// CloudStack's rows.
+    pub records: Option<&'a Records>,
+    /// The caller vouches that CloudStack has given the members up.
+    pub assume_deleted: bool,
+    /// The caller vouches that the chain has been ended, so that its newest member may go.
+    pub end_of_chain: bool,
+    /// Leave a checkpoint file that cannot be edited as it is.
+    pub force: bool,
+}
+
+/// The merges and removals that delete `targets` (all of one tree), or why not.
+pub fn select(stores: &Stores, scan: &Scan, request: &Request<'_>, targets: &[NodeId]) -> Result<Groups> {
+    let check = Check { stores, scan, request };
+    for target in targets {
+        check.target(*target)?;
+    }
+    let delete: BTreeSet<NodeId> = targets.iter().copied().collect();
+    let groups = group(&scan.graph, &delete)?;
+    for merge in &groups.merges {
+        check.usable(merge.survivor)?;
+        for below in scan.graph.ancestors(merge.survivor).unwrap_or_default() {
+            check.still(below)?;
+        }
+    }
+    for removal in &groups.removals {
+        check.tip(*removal)?;
+    }
+    Ok(groups)
+}
+
+struct Check<'a> {
+    stores: &'a Stores,
+    scan: &'a Scan,
+    request: &'a Request<'a>,
+}
+
+impl<'a> Check<'a> {
+    fn member(&self, id: NodeId) -> Result<&'a Member> {
+        self.scan.member(id).ok_or_else(|| refused(Code::NotFound, String::new(), "it is not in the scan"))
+    }
+
+    fn name(&self, member: &Member) -> String {
+        self.stores.display(&member.key)
+    }
+
+    fn refuse(&self, member: &Member, code: Code, message: impl Into<String>) -> OpError {
+        refused(code, self.name(member), message)
+    }
+
+    fn cloudstack(&self, member: &Member) -> Result<bool> {
+        Ok(self.stores.get(member.key.store)?.kind() == StoreKind::Cloudstack)
+    }
+
+    /// A member that is asked away.
+    fn target(&self, id: NodeId) -> Result<()> {
+        let member = self.member(id)?;
+        if member.temporary {
+            return Err(self.refuse(member, Code::NotDeletable, "it is CloudStack's own temporary file"));
+        }
+        self.usable(id)?;
+        self.given_up(member)?;
+        self.hidden_children(id, member)
+    }
+
+    /// A member whose file is read whole and replaced or dropped: readable, settled, one name, nothing inside
+    /// that a merge would lose.
+    fn usable(&self, id: NodeId) -> Result<()> {
+        let member = self.member(id)?;
+        if let Some((code, message)) = member.reading.fault() {
+            return Err(self.refuse(member, code, message));
+        }
+        self.still(id)?;
+        if let Some(incoming) = &member.incoming {
+            return Err(self.refuse(
+                member,
+                Code::Incoming,
+                format!("still being made: {}", incoming.reason()),
+            ));
+        }
+        if member.stat.links > 1 {
+            let message = "the file has a second name, under which its old content would stay";
+            return Err(self.refuse(member, Code::HardLinked, message));
+        }
+        let header = member.reading.header();
+        if header.is_some_and(|header| header.snapshots > 0) {
+            return Err(self.refuse(member, Code::HasInternalSnapshots, "a merge would drop its snapshots"));
+        }
+        if header.is_some_and(|header| header.bitmaps > 0) {
+            return Err(self.refuse(member, Code::HasBitmaps, "a merge would drop its bitmaps"));
+        }
+        Ok(())
+    }
+
+    /// A member that is read must not be written meanwhile.
+    fn still(&self, id: NodeId) -> Result<()> {
+        let member = self.member(id)?;
+        if member.locks.writer {
+            return Err(self.refuse(member, Code::Locked, "QEMU has it open for writing"));
+        }
+        Ok(())
+    }
+
+    /// CloudStack must have given the member up, by its rows or by the caller's word.
+    fn given_up(&self, member: &Member) -> Result<()> {
+        if !self.cloudstack(member)? || self.request.assume_deleted {
+            return Ok(());
+        }
+        let Some(records) = self.request.records else {
+            let message = "nothing shows that CloudStack gave it up: give --records, or say --assume-deleted";
+            return Err(self.refuse(member, Code::NotDeletable, message));
+        };
+        let url = self.stores.get(member.key.store)?.config().url.as_ref().map(ToString::to_string);
+        match records.lookup(member.key.path.as_str(), url.as_deref()) {
+            Some(row) if row.deletable() => Ok(()),
+            Some(row) => {
+                let message = format!("CloudStack's records show it as {}", row.ref_state.as_str());
+                Err(self.refuse(member, Code::NotDeletable, message))
+            }
+            None => Err(self.refuse(member, Code::NotDeletable, "CloudStack's records have no row for it")),
+        }
+    }
+
+    /// A member that no survivor reads, so that its chain gets a new tip or ends.
+    fn tip(&self, id: NodeId) -> Result<()> {
+        let member = self.member(id)?;
+        let volume = member.key.path.parent();
+        let newer =
+            self.scan.members.iter().find(|other| {
+                other.incoming.is_some() && other.key.path.parent() == volume && !other.temporary
+            });
+        if let Some(newer) = newer {
+            let message = format!("{} is still being made and may become its child", self.name(newer));
+            return Err(self.refuse(member, Code::Incoming, message));
+        }
+        if self.cloudstack(member)? && !self.request.end_of_chain {
+            let message = "the hypervisor names it as parent of its next increment: say --end-of-chain if the \
+                           chain has been ended";
+            return Err(self.refuse(member, Code::EndOfChain, message));
+        }
+        Ok(())
+    }
+
+    /// Members in the same directory that might be children without its being known: unreadable ones, and
+    /// ones whose backing name leads nowhere but ends in this member's file name.
+    fn hidden_children(&self, id: NodeId, member: &Member) -> Result<()> {
+        let directory = member.key.path.parent();
+        for other in self.scan.graph.ids() {
+            let node = self.scan.graph.node(other);
+            let suspect = match &node.parent {
+                Parent::Unreadable => node.key.path.parent() == directory,
+                Parent::Missing(name) | Parent::Outside(name) | Parent::Ambiguous(name) => {
+                    name.rsplit('/').next() == Some(member.key.path.file_name())
+                }
+                Parent::None | Parent::Node(_) => false,
+            };
+            if suspect && other != id {
+                let (code, why) = match node.parent {
+                    Parent::Unreadable => (Code::BadHeader, "cannot be read"),
+                    _ => {
+                        (Code::MissingParent, "has a backing name that leads nowhere but ends like its name")
+                    }
+                };
+                let child = self.stores.display(&node.key);
+                let message = format!("{child} {why}, so it may be a child");
+                return Err(self.refuse(member, code, message));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn refused(code: Code, member: String, message: impl Into<String>) -> OpError {
+    OpError::Refused { code, member, message: message.into() }
+}

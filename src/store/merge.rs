@@ -1,0 +1,137 @@
+//! What a merge reads: the members that become one, what lies below them, and the image wanted.
+
+use crate::backend::Capabilities;
+use crate::chain::delete::Merge;
+use crate::chain::graph::NodeId;
+use crate::cloudstack::backing::{At, NameMap};
+use crate::failure::Code;
+use crate::qcow2::ImageError;
+use crate::qcow2::layout::{Backing, ImageOptions, Layout};
+use crate::qcow2::write::clonable;
+use crate::store::Stores;
+use crate::store::chain::OpenChain;
+use crate::store::error::{Result, StoreError};
+use crate::store::scan::Scan;
+
+/// One merge with all its files open, so that it reads one state whatever is published meanwhile.
+#[derive(Debug)]
+pub struct MergeInput {
+    /// The survivor (layer 0) and the members merged into it, newest first.
+    pub upper: OpenChain,
+    /// What stays below.
+    pub lower: OpenChain,
+    /// The image wanted.
+    pub options: ImageOptions,
+    /// Whether each layer of `upper` lies on the survivor's store, so that it can be cloned from.
+    same_store: Vec<bool>,
+}
+
+/// How a merge moves its data, and what that costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes that are shared by cloning.
+    pub clone_bytes: u64,
+    /// Runs that are cloned.
+    pub clone_runs: u64,
+    /// Bytes of data that are written.
+    pub data_bytes: u64,
+    /// Runs that are copied.
+    pub copy_runs: u64,
+    /// Bytes of tables that are written.
+    pub metadata_bytes: u64,
+}
+
+impl Cost {
+    /// All bytes that are written.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.data_bytes + self.metadata_bytes
+    }
+
+    /// The space that the new file takes, extents shared with others counted in full.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.written_bytes() + self.clone_bytes
+    }
+}
+
+impl MergeInput {
+    /// Opens the survivor's chain and works out the image that replaces it.
+    pub fn open(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<Self> {
+        let chain = OpenChain::open(stores, &scan.graph, merge.survivor)?;
+        let (upper, lower) = chain.split(merge.merged.len() + 1);
+        let survivor = scan.graph.node(merge.survivor);
+        let backing = match merge.new_parent {
+            Some(parent) => Some(Backing {
+                name: backing_name(stores, scan, merge, parent)?,
+                format: "qcow2".to_owned(),
+                virtual_size: lower.virtual_size(),
+            }),
+            None => None,
+        };
+        let Some(image) = upper.images().next() else {
+            return Err(StoreError::NotFound { name: stores.display(&survivor.key) });
+        };
+        let options = ImageOptions::like(image.header(), backing);
+        let newest_first = std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied());
+        let same_store = newest_first.map(|id| scan.graph.node(id).key.store == survivor.key.store).collect();
+        Ok(Self { upper, lower, options, same_store })
+    }
+
+    /// Lays the image out: one pass over the tables of the members concerned.
+    pub fn layout(&self) -> std::result::Result<Layout, ImageError> {
+        Layout::plan(&self.options, &self.upper.source_facts(), self.upper.map())
+    }
+
+    /// The alignment in bytes that cloning from each layer needs, 0 where it must be copied.
+    #[must_use]
+    pub fn clone_alignment(&self, capabilities: Option<&Capabilities>) -> Vec<u64> {
+        let alignment = capabilities.filter(|can| can.clone).map_or(0, |can| can.clone_alignment);
+        self.same_store.iter().map(|same| if *same { alignment } else { 0 }).collect()
+    }
+
+    /// What writing the layout costs with those alignments.
+    #[must_use]
+    pub fn cost(layout: &Layout, clone_alignment: &[u64]) -> Cost {
+        let mut cost = Cost {
+            data_bytes: layout.composed_bytes() + layout.compressed_bytes(),
+            metadata_bytes: layout.metadata_bytes(),
+            ..Cost::default()
+        };
+        for run in layout.moves() {
+            if clonable(&run, clone_alignment) {
+                cost.clone_bytes += run.length;
+                cost.clone_runs += 1;
+            } else {
+                cost.data_bytes += run.length;
+                cost.copy_runs += 1;
+            }
+        }
+        cost
+    }
+}
+
+/// What the survivor's header will call its parent: as it did before if that can be said, else as the lowest
+/// merged member did, which names that very parent.
+fn backing_name(stores: &Stores, scan: &Scan, merge: &Merge, parent: NodeId) -> Result<Vec<u8>> {
+    let names = NameMap::new(stores.iter().map(|(_, store)| store.names()).collect());
+    let key = |id: NodeId| &scan.graph.node(id).key;
+    let (child, parent) = (key(merge.survivor), key(parent));
+    let style = stores.get(child.store)?.config().backing;
+    let mut failure = None;
+    for user in [Some(merge.survivor), merge.merged.first().copied()].into_iter().flatten() {
+        let Some((form, old_store)) = scan.member(user).and_then(|member| member.form.as_ref()) else {
+            continue;
+        };
+        let parent_at = At { store: parent.store, path: &parent.path };
+        let child_at = At { store: child.store, path: &child.path };
+        match names.name_for(parent_at, child_at, style, form, *old_store) {
+            Ok(name) => return Ok(name.into_bytes()),
+            Err(error) => failure = failure.or(Some(error.to_string())),
+        }
+    }
+    let member = stores.display(child);
+    let detail = failure.unwrap_or_else(|| "the form of its backing name is not known".to_owned());
+    let source = ImageError::Bad { image: member.clone(), code: Code::UnknownPrefix, detail };
+    Err(StoreError::Image { member, source })
+}
