@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers outside of #[test] functions fail a test by panicking, too")]
 
 mod conformance;
+mod delete_oracle;
 mod qcow2_check;
 mod qcow2_read;
 mod support;

@@ -38,7 +38,8 @@ impl Geometry {
     /// growing from 0, which ends since each step adds less than the one before.
     pub fn new(amounts: &Amounts, bits: ClusterBits, refcounts: RefcountWidth) -> Result<Self> {
         let size = bits.bytes();
-        let l1_clusters = bits.clusters_in(amounts.l1_entries.saturating_mul(8)).max(1);
+        // A disk of size 0 has no L1 table; a cluster for it would be a leak.
+        let l1_clusters = bits.clusters_in(amounts.l1_entries.saturating_mul(8));
         let data = amounts
             .moved
             .iter()
@@ -119,7 +120,7 @@ mod tests {
             prop_assert!(geometry.refcount_table_clusters * bits.bytes() >= geometry.refcount_block_count * 8);
             prop_assert_eq!(
                 total,
-                1 + bits.clusters_in(l1_entries * 8).max(1) + geometry.refcount_table_clusters
+                1 + bits.clusters_in(l1_entries * 8) + geometry.refcount_table_clusters
                     + geometry.refcount_block_count + l2_tables
                     + amounts.moved.iter().sum::<u64>() + composed + compressed
             );

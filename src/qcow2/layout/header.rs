@@ -30,7 +30,7 @@ pub fn encode(options: &ImageOptions, version: u32, l1_entries: u64, geometry: &
     header.u32(format::AT_CLUSTER_BITS, options.cluster_bits.bits());
     header.u64(format::AT_VIRTUAL_SIZE, options.virtual_size);
     header.u32(format::AT_L1_ENTRIES, narrow(l1_entries));
-    header.u64(format::AT_L1_OFFSET, geometry.l1);
+    header.u64(format::AT_L1_OFFSET, if l1_entries == 0 { 0 } else { geometry.l1 });
     header.u64(format::AT_REFCOUNT_TABLE_OFFSET, geometry.refcount_table);
     header.u32(format::AT_REFCOUNT_TABLE_CLUSTERS, narrow(geometry.refcount_table_clusters));
     let mut at = usize::try_from(format::HEADER_V2_BYTES).unwrap_or_default();

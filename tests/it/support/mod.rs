@@ -1,6 +1,8 @@
 //! Builders and oracles.
 
+pub mod chains;
 pub mod images;
 pub mod mounts;
 pub mod qemu;
 pub mod raw_file;
+pub mod store;

@@ -1,0 +1,165 @@
+//! Delete on QEMU's own chains: every survivor still reads the same, says QEMU.
+
+use std::fs;
+use std::path::Path;
+
+use qchain::backend::Means;
+use qchain::store::record::StoreKind;
+
+use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
+use super::support::mounts::{FsKind, LoopMount};
+use super::support::store::{backing, delete_well, files, init, mode_of, owner_and_mode};
+
+/// What to delete of a chain of four; the tip too.
+const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
+
+/// Whether the full matrices were asked for.
+fn full() -> bool {
+    std::env::var_os("QCHAIN_FULL").is_some()
+}
+
+/// Every kind of image that QEMU makes.
+fn kinds() -> Vec<Kind> {
+    let mut kinds = Vec::new();
+    for cluster in [4096, 65_536, 2 << 20] {
+        let plain = Kind { cluster, ..Kind::PLAIN };
+        kinds.extend([
+            plain,
+            Kind { old: true, ..plain },
+            Kind { old: true, compressed: true, ..plain },
+            Kind { compressed: true, ..plain },
+            Kind { compressed: true, zstd: true, ..plain },
+            Kind { compressed: true, refcount_bits: 1, ..plain },
+            Kind { refcount_bits: 64, ..plain },
+        ]);
+    }
+    for cluster in [16_384, 65_536, 2 << 20] {
+        let extended = Kind { cluster, extended: true, ..Kind::PLAIN };
+        kinds.extend([extended, Kind { compressed: true, zstd: true, ..extended }]);
+    }
+    kinds
+}
+
+/// Chains of one kind, chains of mixed kinds, sizes that differ.
+fn chains() -> Vec<(String, Vec<Spec>)> {
+    let kinds = kinds();
+    let mut chains = Vec::new();
+    let mut numbers = Numbers(7);
+    for (index, kind) in kinds.iter().enumerate() {
+        let size = 20 * kind.cluster.max(65_536) + 512 * (index as u64 % 3);
+        let specs = (0..4).map(|_| kind.member(size, 14, &mut numbers)).collect();
+        chains.push((format!("kind {index} {kind:?}"), specs));
+    }
+    let mixed = if full() { 150 } else { 24 };
+    for index in 0..mixed {
+        let base = 1 + numbers.below(6 << 20) / 512 * 512;
+        let specs = (0..4)
+            .map(|_| {
+                let kind = kinds[usize::try_from(numbers.below(kinds.len() as u64)).unwrap()];
+                let size = match numbers.below(6) {
+                    0 => base / 2 / 512 * 512,
+                    1 => base + 512 * numbers.below(5000),
+                    2 => [0, 512, 1024, 65_536][usize::try_from(numbers.below(4)).unwrap()],
+                    _ => base / 512 * 512,
+                };
+                kind.member(size, 12, &mut numbers)
+            })
+            .collect();
+        chains.push((format!("mixed {index}"), specs));
+    }
+    chains
+}
+
+/// Deletes from copies of one chain and looks at what is left.
+fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], deletions: &[&[&str]]) {
+    let (store, truth) = folders(parent, "original");
+    build(&store, &truth, specs);
+    init(&store, StoreKind::Plain);
+    for deleted in deletions {
+        for means in means {
+            let context = format!("{name}, without {deleted:?}, {means:?}: {specs:#?}");
+            let copied = parent.join("copy");
+            copy(&store, &copied);
+            let before: Vec<_> = NAMES[..4].iter().map(|name| owner_and_mode(&copied.join(name))).collect();
+            delete_well(&copied, deleted, mode_of(*means));
+            check_survivors(&copied, &truth, deleted, &before, &context);
+            fs::remove_dir_all(&copied).unwrap();
+        }
+    }
+    fs::remove_dir_all(&store).unwrap();
+    fs::remove_dir_all(&truth).unwrap();
+}
+
+fn check_survivors(store: &Path, truth: &Path, deleted: &[&str], before: &[(u32, u32, u32)], context: &str) {
+    let survivors: Vec<&str> = NAMES[..4].iter().copied().filter(|name| !deleted.contains(name)).collect();
+    for (index, name) in survivors.iter().enumerate() {
+        let path = store.join(name);
+        assert_true(&path, &truth.join(name), context);
+        let parent = index.checked_sub(1).map(|below| survivors[below].to_owned());
+        let format = parent.as_ref().map(|_| "qcow2".to_owned());
+        assert_eq!(backing(&path), (parent, format), "{context}");
+        let position = NAMES.iter().position(|other| other == name).unwrap();
+        assert_eq!(owner_and_mode(&path), before[position], "{context}");
+    }
+    let mut left: Vec<String> = survivors.iter().map(|name| (*name).to_owned()).collect();
+    left.extend([".qchain/store.json".to_owned(), ".qchain/locks/change".to_owned()]);
+    left.sort();
+    let found: Vec<String> = files(store).iter().map(|path| path.display().to_string()).collect();
+    assert_eq!(found, left, "{context}");
+}
+
+#[test]
+fn every_kind_of_chain_on_xfs_by_clone_and_copy() {
+    let mount = LoopMount::new(FsKind::Xfs, 4 << 30);
+    for (name, specs) in chains() {
+        try_deletions(&mount.path(), &name, &specs, &[Means::Clone, Means::Copy], DELETIONS);
+    }
+}
+
+#[test]
+fn every_kind_of_chain_on_btrfs() {
+    let mount = LoopMount::new(FsKind::Btrfs, 4 << 30);
+    let step = if full() { 1 } else { 5 };
+    for (name, specs) in chains().iter().step_by(step) {
+        try_deletions(&mount.path(), name, specs, &[Means::Clone], &DELETIONS[..3]);
+    }
+}
+
+#[test]
+fn every_kind_of_chain_on_ext4() {
+    let mount = LoopMount::new(FsKind::Ext4, 4 << 30);
+    let step = if full() { 1 } else { 5 };
+    for (name, specs) in chains().iter().skip(1).step_by(step) {
+        try_deletions(&mount.path(), name, specs, &[Means::Copy], &DELETIONS[..3]);
+    }
+}
+
+/// P 128 KiB of 0x11; A of 96 KiB over P with 4 KiB written at 64 KiB; B of 128 KiB over A.
+#[test]
+fn what_lies_past_a_members_end_stays_zero() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = |size, commands: &[&str]| Spec {
+        options: String::new(),
+        size,
+        commands: commands.iter().map(|command| (*command).to_owned()).collect(),
+    };
+    let specs = [
+        spec(131_072, &["write -P 0x11 0 128k"]),
+        spec(98_304, &["write -P 0x22 64k 4k"]),
+        spec(131_072, &[]),
+    ];
+    let (store, truth) = folders(folder.path(), "store");
+    build(&store, &truth, &specs);
+    init(&store, StoreKind::Plain);
+    let zeros_past_the_end = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        assert_eq!(bytes.len(), 131_072);
+        assert!(bytes[98_304..].iter().all(|byte| *byte == 0));
+        assert!(bytes[..65_536].iter().all(|byte| *byte == 0x11));
+    };
+    zeros_past_the_end(&truth.join("b"));
+    delete_well(&store, &["a"], qchain::ops::delete::ModeChoice::Copy);
+    assert_true(&store.join("b"), &truth.join("b"), "after A went");
+    super::support::chains::write_truth(&store.join("b"), &truth.join("after"));
+    zeros_past_the_end(&truth.join("after"));
+}

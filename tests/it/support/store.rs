@@ -1,0 +1,123 @@
+//! A store on a real directory, and the verbs called as the command line calls them.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qchain::backend::posix::PosixStore;
+use qchain::backend::{Backend, Means};
+use qchain::change::Guard;
+use qchain::ids::StoreId;
+use qchain::ops::delete::{Context, ModeChoice, Report, Request, plan, run};
+use qchain::ops::{OpError, Result};
+use qchain::progress::{Cancel, Silent};
+use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
+use qchain::store::scan::{Scan, ScanOptions};
+use qchain::store::{Store, StoreConfig, Stores, names};
+
+use super::qemu::{must, text};
+
+/// Opts a directory in, as `qchain init` does.
+pub fn init(root: &Path, kind: StoreKind) {
+    fs::create_dir_all(root.join(".qchain")).unwrap();
+    for directory in DIRECTORIES {
+        fs::create_dir_all(root.join(".qchain").join(directory)).unwrap();
+    }
+    let id = format!("test-{}", root.display());
+    let zone = vec![ZoneStore { id: id.clone(), name: "test".to_owned() }];
+    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone };
+    fs::write(root.join(".qchain/store.json"), record.encode()).unwrap();
+}
+
+/// Opens a directory as the only store.
+pub fn open(root: &Path) -> Stores {
+    open_with(root, Arc::new(PosixStore::open(root).unwrap()))
+}
+
+/// Opens a backend as the only store; `root` is what backing names may call it.
+pub fn open_with(root: &Path, backend: Arc<dyn Backend>) -> Stores {
+    let config = StoreConfig {
+        id: StoreId::parse("test").unwrap(),
+        root: text(root).to_owned(),
+        url: None,
+        aliases: Vec::new(),
+        backing: qchain::cloudstack::backing::Style::Relative,
+    };
+    Stores::new(vec![Store::open(config, backend).unwrap()]).unwrap()
+}
+
+/// Scans without waiting for files to settle.
+pub fn scan(stores: &Stores) -> Scan {
+    let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
+    Scan::run(stores, &options).unwrap()
+}
+
+/// `qchain delete NAMES --mode MODE --assume-deleted --end-of-chain`.
+pub fn delete(stores: &Stores, members: &[&str], mode: ModeChoice) -> Result<Report> {
+    let scan = scan(stores);
+    let members: Vec<String> = members.iter().map(|name| (*name).to_owned()).collect();
+    let targets = names::resolve_all(stores, &scan, &members).map_err(OpError::from)?;
+    let request = Request { targets, mode, assume_deleted: true, end_of_chain: true, ..Request::default() };
+    let plan = plan(stores, &scan, &request)?;
+    let guard = Guard::take(stores).map_err(OpError::from)?;
+    let context = Context {
+        stores,
+        scan: &scan,
+        plan: &plan,
+        jobs: 2,
+        force: false,
+        progress: &Silent,
+        cancel: &Cancel::default(),
+    };
+    run(&context, &guard)
+}
+
+/// The same; every outcome must be good.
+pub fn delete_well(root: &Path, members: &[&str], mode: ModeChoice) -> Report {
+    let report = delete(&open(root), members, mode).unwrap_or_else(|error| panic!("{members:?}: {error}"));
+    if let Some(error) = report.first_failure() {
+        panic!("{members:?} by {mode:?}: {error}");
+    }
+    report
+}
+
+/// The mode that uses those means.
+pub fn mode_of(means: Means) -> ModeChoice {
+    match means {
+        Means::Clone => ModeChoice::Clone,
+        Means::Copy => ModeChoice::Copy,
+    }
+}
+
+/// What an image's header says of its backing file, as `qemu-img info` reads it: name and format.
+pub fn backing(path: &Path) -> (Option<String>, Option<String>) {
+    let info: serde_json::Value =
+        serde_json::from_str(&must("qemu-img", &["info", "-U", "--output=json", text(path)])).unwrap();
+    let field = |key: &str| info.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+    (field("backing-filename"), field("backing-filename-format"))
+}
+
+/// Owner, group and mode.
+pub fn owner_and_mode(path: &Path) -> (u32, u32, u32) {
+    let metadata = fs::metadata(path).unwrap();
+    (metadata.uid(), metadata.gid(), metadata.permissions().mode())
+}
+
+/// All files below a directory, relative, sorted.
+pub fn files(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut pending = vec![root.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                pending.push(path)
+            } else {
+                found.push(path.strip_prefix(root).unwrap().to_owned())
+            }
+        }
+    }
+    found.sort();
+    found
+}
