@@ -76,3 +76,19 @@ pub trait Failure: std::error::Error {
         None
     }
 }
+
+/// An error with its causes, on one line. A cause that only says what the error said is left out.
+#[must_use]
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut last = text.clone();
+    for cause in std::iter::successors(error.source(), |error| error.source()) {
+        let next = cause.to_string();
+        if next != last {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        last = next;
+    }
+    text
+}

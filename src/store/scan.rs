@@ -14,7 +14,7 @@ use crate::backend::{ImageLocks, Stat};
 use crate::chain::graph::{Graph, Key, NodeId};
 use crate::cloudstack::backing::Form;
 use crate::cloudstack::paths::checkpoint_of;
-use crate::failure::Code;
+use crate::failure::{Code, with_causes};
 use crate::progress::Progress;
 use crate::store::cache::{Cache, Known};
 use crate::store::error::{Result, StoreError};
@@ -200,7 +200,7 @@ fn read_one(
                 (opened.reading, opened.locks)
             }
             Err(error) => {
-                let message = chain_of(&error);
+                let message = with_causes(&error);
                 finding =
                     Some(Finding { member: stores.display(&key), code: Code::Io, message: message.clone() });
                 let reading = Reading::Bad { code: Code::Io.as_str().to_owned(), message };
@@ -243,10 +243,4 @@ fn checkpoint_facts(
         cache.put(stamp, Known::Checkpoint(facts.clone()), now_ns);
     }
     Ok(facts)
-}
-
-/// An error with its causes, on one line.
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -8,9 +8,10 @@ use crate::backend::{Capabilities, StoreFile};
 use crate::chain::delete::Merge;
 use crate::chain::proof::{Proof, ProofError, Range, prove};
 use crate::change::{Guard, Staged, checkpoint};
-use crate::failure::{Code, Failure};
+use crate::failure::{Code, Failure, with_causes};
+use crate::ops::delete::context::Context;
+use crate::ops::delete::follow::{has_checkpoint, new_parent_name};
 use crate::ops::delete::plan::{Entry, Mode};
-use crate::ops::delete::run::Context;
 use crate::ops::{OpError, Result};
 use crate::qcow2::check::{Limits, check};
 use crate::qcow2::layout::Layout;
@@ -18,7 +19,7 @@ use crate::qcow2::write::{Sources, Written, write};
 use crate::qcow2::{Header, Image, ImageError};
 use crate::store::Stores;
 use crate::store::chain::OpenChain;
-use crate::store::facts::{CheckpointFacts, Stamp};
+use crate::store::facts::Stamp;
 use crate::store::merge::MergeInput;
 use crate::store::scan::Scan;
 
@@ -34,28 +35,6 @@ pub struct Merged {
     pub proof: Proof,
     /// The allocation of the new file in bytes.
     pub allocated_bytes: u64,
-}
-
-/// Whether the survivor's checkpoint file can follow the merge.
-pub fn check_checkpoint(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<()> {
-    let key = &scan.graph.node(merge.survivor).key;
-    if !has_checkpoint(scan, merge) {
-        return Ok(());
-    }
-    let backend = stores.get(key.store)?.backend();
-    checkpoint::check(backend, &key.path, new_parent_name(scan, merge)).map_err(|error| OpError::Refused {
-        code: error.code(),
-        member: stores.display(key),
-        message: with_causes(&error),
-    })
-}
-
-fn has_checkpoint(scan: &Scan, merge: &Merge) -> bool {
-    scan.member(merge.survivor).is_some_and(|member| member.checkpoint != CheckpointFacts::None)
-}
-
-fn new_parent_name<'a>(scan: &'a Scan, merge: &Merge) -> Option<&'a str> {
-    merge.new_parent.map(|parent| scan.graph.node(parent).key.path.file_name())
 }
 
 /// Carries out one merge of the plan, with its input opened before anything of its tree was published.
@@ -217,10 +196,4 @@ fn change_error(stores: &Stores, scan: &Scan, merge: &Merge, error: &crate::chan
         member: stores.display(&scan.graph.node(merge.survivor).key),
         message: with_causes(error),
     }
-}
-
-/// An error with its causes, on one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -4,13 +4,16 @@
 //! just that. Rules on what may be deleted are in `select`, one merge is in `merge`, the order of names
 //! in `run`.
 
+mod context;
+mod follow;
 mod merge;
 mod plan;
 mod report;
 mod run;
 mod select;
 
+pub use context::Context;
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
-pub use run::{Context, run};
+pub use run::run;
 pub use select::{ModeChoice, Request};

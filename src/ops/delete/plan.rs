@@ -8,6 +8,7 @@ use crate::backend::Capabilities;
 use crate::chain::delete::{Departure, Merge};
 use crate::chain::graph::NodeId;
 use crate::failure::Code;
+use crate::ops::delete::follow;
 use crate::ops::delete::select::{ModeChoice, Request, select};
 use crate::ops::{OpError, Result};
 use crate::store::Stores;
@@ -177,7 +178,7 @@ fn plan_merge(
 ) -> Result<Entry> {
     let input = MergeInput::open(stores, scan, merge)?;
     if !request.force {
-        super::merge::check_checkpoint(stores, scan, merge)?;
+        follow::check(stores, scan, merge)?;
     }
     let layout = input.layout()?;
     let store = scan.graph.node(merge.survivor).key.store;

@@ -9,32 +9,15 @@ use crate::chain::delete::Departure;
 use crate::chain::graph::{NodeId, Parent};
 use crate::change::{Guard, checkpoint};
 use crate::failure::{Code, Failure};
+use crate::ops::delete::context::Context;
 use crate::ops::delete::merge::{Merged, execute};
-use crate::ops::delete::plan::{Entry, Mode, Plan, TreePlan};
+use crate::ops::delete::plan::{Entry, Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::{OpError, Result};
-use crate::progress::{Cancel, Progress, Silent};
+use crate::progress::Silent;
+use crate::store::StoreError;
 use crate::store::merge::MergeInput;
 use crate::store::scan::{Scan, ScanOptions};
-use crate::store::{StoreError, Stores};
-
-/// What a run works on and who watches.
-pub struct Context<'a> {
-    /// All stores of the zone.
-    pub stores: &'a Stores,
-    /// The scan that was planned from.
-    pub scan: &'a Scan,
-    /// The plan.
-    pub plan: &'a Plan,
-    /// How many trees are worked on at once, at least 1.
-    pub jobs: usize,
-    /// Leave checkpoint files that cannot be edited.
-    pub force: bool,
-    /// Told of bytes written or cloned.
-    pub progress: &'a dyn Progress,
-    /// Looked at between batches and before each publication.
-    pub cancel: &'a Cancel,
-}
 
 /// Carries out the plan. One failing tree stops no other; each entry has its outcome. Blocks until all is
 /// published and durable.

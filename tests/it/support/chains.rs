@@ -94,6 +94,7 @@ impl Numbers {
 
 /// How a member is made.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent features of the format")]
 pub struct Kind {
     /// Cluster size.
     pub cluster: u64,
@@ -126,7 +127,7 @@ impl Kind {
         if self.old {
             return options + ",compat=0.10";
         }
-        options += &format!(",compat=1.1,refcount_bits={}", self.refcount_bits);
+        options = format!("{options},compat=1.1,refcount_bits={}", self.refcount_bits);
         if self.extended {
             options += ",extended_l2=on";
         }

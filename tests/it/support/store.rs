@@ -112,9 +112,9 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                pending.push(path)
+                pending.push(path);
             } else {
-                found.push(path.strip_prefix(root).unwrap().to_owned())
+                found.push(path.strip_prefix(root).unwrap().to_owned());
             }
         }
     }
