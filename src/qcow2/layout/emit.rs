@@ -299,7 +299,8 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 }
                 Stage::RefcountBlocks(_) => self.stage = Stage::RefcountTable,
                 Stage::RefcountTable => {
-                    self.stage = Stage::L1;
+                    let empty = self.layout.amounts.l1_entries == 0;
+                    self.stage = if empty { Stage::Header } else { Stage::L1 };
                     return Ok(Some(self.refcount_table()));
                 }
                 Stage::L1 => {

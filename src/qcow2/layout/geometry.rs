@@ -38,7 +38,7 @@ impl Geometry {
     /// growing from 0, which ends since each step adds less than the one before.
     pub fn new(amounts: &Amounts, bits: ClusterBits, refcounts: RefcountWidth) -> Result<Self> {
         let size = bits.bytes();
-        // A disk of size 0 has no L1 table; a cluster for it would be a leak.
+        // None for an empty disk: a cluster that no entry refers to would be a leak.
         let l1_clusters = bits.clusters_in(amounts.l1_entries.saturating_mul(8));
         let data = amounts
             .moved
