@@ -184,6 +184,7 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 let to = self.layout.placed(layer, host).ok_or_else(map_changed)?;
                 Ok((self.plain(Some(to), subclusters), None))
             }
+            Shape::Composed(_) if self.composed >= self.layout.amounts.composed => Err(map_changed()),
             Shape::Composed(subclusters) => {
                 let to = HostOffset(self.layout.geometry.composed + self.composed * size);
                 self.composed += 1;
@@ -196,6 +197,9 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 let place = self.packing.place(cluster.stored_bytes, |_| {});
                 let to = HostOffset(self.layout.geometry.compressed + place.offset);
                 let length = place.sectors * SECTOR_BYTES;
+                if self.packing.clusters() > self.layout.amounts.compressed {
+                    return Err(map_changed());
+                }
                 let emit = Emit::Compressed { to, length, layer, cluster };
                 Ok((L2Entry::Compressed { host: to, stored_bytes: length }, Some(emit)))
             }
@@ -237,6 +241,13 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
         self.tables_done += 1;
         self.l1.push((table.index, L1Entry::Table { host, copied: true }.encode()));
         Some(Emit::Table { to: host, bytes: table.bytes })
+    }
+
+    /// Whether all was there again that the plan has room for.
+    fn as_planned(&self) -> bool {
+        let amounts = &self.layout.amounts;
+        let seen = (self.tables_done, self.composed, self.packing.clusters());
+        seen == (amounts.l2_tables, amounts.composed, amounts.compressed)
     }
 
     /// Block `index` of the refcounts.
@@ -290,7 +301,7 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
             match self.stage {
                 Stage::Clusters => match self.clusters()? {
                     Some(emit) => return Ok(Some(emit)),
-                    None if self.tables_done != self.layout.amounts.l2_tables => return Err(map_changed()),
+                    None if !self.as_planned() => return Err(map_changed()),
                     None => self.stage = Stage::RefcountBlocks(0),
                 },
                 Stage::RefcountBlocks(index) if index < self.layout.geometry.refcount_block_count => {
