@@ -33,7 +33,7 @@ use crate::qcow2::layout::shape::{Shape, Shaper};
 use crate::qcow2::map::Run;
 use crate::qcow2::refcount::RefcountWidth;
 use crate::qcow2::tables::EntryFormat;
-use crate::units::{ClusterBits, HostOffset};
+use crate::units::{ClusterBits, HostOffset, SECTOR_BYTES};
 
 /// The image wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,6 +123,8 @@ pub struct Layout {
     /// How many compressed clusters touch each host cluster of their area.
     compressed_counts: Vec<u16>,
     amounts: Amounts,
+    /// Bytes moved that their files have; what lies behind a file's end stays a hole.
+    moved_bytes: u64,
     compressed_bytes: u64,
     geometry: Geometry,
     header: Vec<u8>,
@@ -148,8 +150,9 @@ pub enum Origin {
 
 impl Layout {
     /// Plans the file. `runs` cover exactly `[0, virtual_size)`; their layers index `sources`. Fails if a
-    /// source refers twice to one host cluster (`shared-cluster`), past its end (`truncated`), or if the
-    /// format's limits do not allow the file.
+    /// source refers twice to one host cluster (`shared-cluster`) or to one that begins behind its end
+    /// (`truncated`: the data is lost), if the map has gaps or names no source (`bad-entry`), or if the
+    /// format's limits do not allow the file (`bad-header`, `huge-table`).
     pub fn plan(
         options: &ImageOptions,
         sources: &[SourceFacts],
@@ -164,10 +167,12 @@ impl Layout {
             match span? {
                 Span::Same { first, count: clusters, piece } => {
                     covered = piece.end();
+                    within_file(&piece, sources)?;
                     count.add(first, clusters, shaper.same(&piece))?;
                 }
                 Span::Mixed { cluster, pieces } => {
                     covered = pieces.last().map_or(covered, Piece::end);
+                    pieces.iter().try_for_each(|piece| within_file(piece, sources))?;
                     count.add(cluster, 1, shaper.mixed(cluster, &pieces))?;
                 }
             }
@@ -191,10 +196,10 @@ impl Layout {
         self.geometry.l2_tables + self.amounts.l2_tables * size
     }
 
-    /// Bytes of data that move as they are.
+    /// Bytes of data that move as they are, without those that lie behind the end of a source.
     #[must_use]
     pub fn moved_bytes(&self) -> u64 {
-        self.amounts.moved.iter().sum::<u64>() * self.options.cluster_bits.bytes()
+        self.moved_bytes
     }
 
     /// Bytes of clusters put together in memory.
@@ -203,7 +208,7 @@ impl Layout {
         self.amounts.composed * self.options.cluster_bits.bytes()
     }
 
-    /// Bytes of compressed clusters, as placed.
+    /// Bytes of compressed clusters, as placed: whole sectors.
     #[must_use]
     pub fn compressed_bytes(&self) -> u64 {
         self.compressed_bytes
@@ -274,13 +279,24 @@ impl Layout {
 }
 
 fn check_options(options: &ImageOptions) -> Result<RefcountWidth> {
+    let wrong = |detail: String| Err(bad(Code::BadHeader, detail));
     let extended_fits = options.cluster_bits.bits() >= format::EXTENDED_L2_MIN_CLUSTER_BITS;
     if options.extended_l2 && !extended_fits {
-        return Err(bad(Code::BadHeader, "extended L2 entries need clusters of 16 KiB or more".to_owned()));
+        return wrong("extended L2 entries need clusters of 16 KiB or more".to_owned());
     }
-    let name = options.backing.as_ref().map_or(0, |backing| backing.name.len() as u64);
-    if name > format::MAX_BACKING_NAME_BYTES {
-        return Err(bad(Code::BadHeader, format!("a backing name of {name} bytes is too long")));
+    let needs_3 = options.extended_l2
+        || options.compression != CompressionType::Zlib
+        || options.refcount_order != format::DEFAULT_REFCOUNT_ORDER;
+    if !matches!(options.version, 2 | 3) || (options.version == 2 && needs_3) {
+        return wrong(format!("version {} has no such images", options.version));
+    }
+    if let Some(Backing { name, format, .. }) = &options.backing {
+        if name.is_empty() || name.len() as u64 > format::MAX_BACKING_NAME_BYTES {
+            return wrong(format!("a backing name of {} bytes; 1 to 1,023 are allowed", name.len()));
+        }
+        if format.len() as u64 > format::MAX_BACKING_FORMAT_BYTES {
+            return wrong(format!("the backing format {format:?} is too long"));
+        }
     }
     RefcountWidth::new(options.refcount_order)
         .ok_or_else(|| bad(Code::BadHeader, "refcounts are at most 64 bits wide".to_owned()))
@@ -288,6 +304,27 @@ fn check_options(options: &ImageOptions) -> Result<RefcountWidth> {
 
 fn bad(code: Code, detail: String) -> ImageError {
     ImageError::Bad { image: "the new image".to_owned(), code, detail }
+}
+
+/// Refuses data of which nothing can be left: its host cluster, or its compressed stream, begins behind the
+/// file's end. The last cluster of a file may be cut: the rest of it reads as zeros, as in QEMU.
+fn within_file(piece: &Piece, sources: &[SourceFacts]) -> Result<()> {
+    let (layer, host) = match piece.fill {
+        Fill::Data { layer, host } => (layer, host),
+        Fill::Compressed { layer, cluster } => (layer, cluster.host),
+        Fill::Zero | Fill::Below | Fill::Nothing => return Ok(()),
+    };
+    let Some(source) = sources.get(layer) else {
+        return Err(bad(Code::BadEntry, format!("the map names layer {layer}, which there is not")));
+    };
+    let last_cluster = match piece.fill {
+        Fill::Compressed { .. } => host.0,
+        _ => source.cluster_bits.round_down(host.plus(piece.length.saturating_sub(1)).0),
+    };
+    if last_cluster >= source.file_length {
+        return Err(bad(Code::Truncated, format!("layer {layer} ends before its data at {host}")));
+    }
+    Ok(())
 }
 
 /// How many compressed clusters may touch one host cluster. They are counted in 16 bits here; a wider refcount
@@ -301,8 +338,10 @@ struct Counting<'a> {
     options: &'a ImageOptions,
     sources: &'a [SourceFacts],
     moved: Vec<Collecting>,
+    moved_bytes: u64,
     packing: Packing,
     compressed_counts: Vec<u16>,
+    compressed_bytes: u64,
     composed: u64,
     l2_tables: u64,
     /// The L2 table that the last entry lies in.
@@ -316,8 +355,10 @@ impl<'a> Counting<'a> {
             options,
             sources,
             moved: sources.iter().map(|_| Collecting::default()).collect(),
+            moved_bytes: 0,
             packing: Packing::new(options.cluster_bits, pieces_limit(refcounts)),
             compressed_counts: Vec::new(),
+            compressed_bytes: 0,
             composed: 0,
             l2_tables: 0,
             last_table: None,
@@ -332,7 +373,7 @@ impl<'a> Counting<'a> {
             Shape::Whole { layer, host, .. } => self.take(layer, host, count)?,
             Shape::Compressed { cluster, .. } => {
                 let counts = &mut self.compressed_counts;
-                self.packing.place(cluster.stored_bytes, |touched| {
+                let place = self.packing.place(cluster.stored_bytes, |touched| {
                     let at = usize::try_from(touched).unwrap_or(usize::MAX);
                     if counts.len() <= at {
                         counts.resize(at + 1, 0);
@@ -341,6 +382,7 @@ impl<'a> Counting<'a> {
                         *count += 1;
                     }
                 });
+                self.compressed_bytes += place.sectors * SECTOR_BYTES;
             }
             Shape::Composed(_) => self.composed += count,
         }
@@ -357,13 +399,9 @@ impl<'a> Counting<'a> {
             return Err(bad(Code::BadEntry, format!("the map names layer {layer}, which there is not")));
         };
         let unit = source.unit_bits(target).bytes();
-        // QEMU allows the last cluster to be cut off by the end of the file; a whole one beyond is lost data.
-        let end = host.0.saturating_add(count * target.bytes());
-        if end > source.cluster_bits.round_up(source.file_length).saturating_add(source.cluster_bits.bytes())
-        {
-            return Err(bad(Code::Truncated, format!("layer {layer} ends before its data at {host}")));
-        }
-        if !set.insert(host.0 / unit, count * target.bytes() / unit) {
+        let bytes = count * target.bytes();
+        self.moved_bytes += bytes.min(source.file_length.saturating_sub(host.0));
+        if !set.insert(host.0 / unit, bytes / unit) {
             return Err(bad(
                 Code::SharedCluster,
                 format!("layer {layer} uses {host} for two guest clusters"),
@@ -394,7 +432,6 @@ impl<'a> Counting<'a> {
         };
         let geometry = Geometry::new(&amounts, options.cluster_bits, refcounts)?;
         let header = header::encode(options, version, l1_entries, &geometry)?;
-        let compressed_bytes = amounts.compressed * options.cluster_bits.bytes();
         Ok(Layout {
             options: options.clone(),
             version,
@@ -403,7 +440,8 @@ impl<'a> Counting<'a> {
             moved,
             compressed_counts: self.compressed_counts,
             amounts,
-            compressed_bytes,
+            moved_bytes: self.moved_bytes,
+            compressed_bytes: self.compressed_bytes,
             geometry,
             header,
         })
