@@ -52,12 +52,16 @@ struct Fault {
 
 type Hook = Box<dyn FnOnce() + Send>;
 
+/// Changes what is about to be written to a file at an offset.
+type Tamper = Arc<dyn Fn(&StorePath, u64, &mut Vec<u8>) + Send + Sync>;
+
 #[derive(Default)]
 struct Plan {
     calls: Vec<Call>,
     mutations: u64,
     fault: Option<Fault>,
     hooks: BTreeMap<u64, Hook>,
+    tamper: Option<Tamper>,
 }
 
 impl fmt::Debug for Plan {
@@ -111,6 +115,12 @@ impl Faulty {
     /// It may use the wrapped store, and this one (then its calls count too).
     pub fn before(&self, n: u64, hook: impl FnOnce() + Send + 'static) {
         self.plan().hooks.insert(n, Box::new(hook));
+    }
+
+    /// Shows the bytes of every `write_at` from now on to `tamper`, which may change them: a store that
+    /// writes something else than it was told, and says nothing. Replaces an earlier one.
+    pub fn tamper(&self, tamper: impl Fn(&StorePath, u64, &mut Vec<u8>) + Send + Sync + 'static) {
+        self.plan().tamper = Some(Arc::new(tamper));
     }
 
     /// All calls so far.
@@ -300,6 +310,13 @@ impl StoreFile for FaultyFile {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let tamper = self.store.plan().tamper.clone();
+        let tampered = tamper.map(|tamper| {
+            let mut data = data.to_vec();
+            tamper(self.inner.path(), offset, &mut data);
+            data
+        });
+        let data = tampered.as_deref().unwrap_or(data);
         match self.store.begin("write_at", self.inner.path(), true) {
             Verdict::Go => self.inner.write_at(offset, data),
             Verdict::Fail(error) => Err(error),
@@ -391,6 +408,24 @@ mod tests {
         assert!(file.write_at(0, b"abcd").is_err());
         assert_eq!(file.stat().unwrap().length, 2);
         assert_eq!(store.trace()[1].name, "write_at");
+    }
+
+    #[test]
+    fn what_is_written_can_be_tampered_with() {
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        store.tamper(|path, offset, bytes| {
+            if path.as_str() == "a" && offset == 4 {
+                bytes[0] = b'X';
+            }
+        });
+        for name in ["a", "b"] {
+            let file = store.create(&path(name)).unwrap();
+            file.write_at(0, b"abcd").unwrap();
+            file.write_at(4, b"efgh").unwrap();
+            let mut bytes = [0; 8];
+            file.read_at(0, &mut bytes).unwrap();
+            assert_eq!(&bytes, if name == "a" { b"abcdXfgh" } else { b"abcdefgh" });
+        }
     }
 
     #[test]
