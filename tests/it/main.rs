@@ -4,6 +4,9 @@
 
 mod conformance;
 mod delete_oracle;
+mod merge_model;
+mod merge_qemu;
+mod merge_tamper;
 mod qcow2_check;
 mod qcow2_read;
 mod support;

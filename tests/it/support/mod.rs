@@ -1,7 +1,9 @@
 //! Builders and oracles.
 
+pub mod builder;
 pub mod chains;
 pub mod images;
+pub mod merging;
 pub mod mounts;
 pub mod qemu;
 pub mod raw_file;
