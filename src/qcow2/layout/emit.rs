@@ -316,9 +316,7 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 }
                 Stage::L1 => {
                     self.stage = Stage::Header;
-                    if self.layout.amounts.l1_entries > 0 {
-                        return Ok(Some(self.l1_table()));
-                    }
+                    return Ok(Some(self.l1_table()));
                 }
                 Stage::Header => {
                     self.stage = Stage::Done;
