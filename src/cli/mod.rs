@@ -1,1 +1,179 @@
-//! (being written)
+//! The verbs for a terminal: arguments in, text or one JSON document out, an exit code.
+//!
+//! Owns: the command line, the configuration, who is asked before a change, how reports look. Does not own:
+//! what a verb does. A command is one module: a struct `Args` for clap and
+//! `run(&Context, &Args) -> Result<Exit>`; it gets its line in [`Command`] and in [`dispatch`].
+//!
+//! With `--json` standard output is one JSON document and nothing else, a failure too. Progress and logs go
+//! to standard error.
+
+mod bar;
+mod cache;
+mod config;
+mod config_check;
+mod context;
+mod digest;
+mod error;
+mod explain;
+mod init;
+mod interrupt;
+mod list;
+mod map;
+mod members;
+mod output;
+mod records_file;
+mod settings;
+mod stores;
+mod values;
+mod verify;
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use context::Context;
+use error::{CliError, Exit, Result};
+
+/// What is given before or behind any command.
+#[derive(Clone, Debug, Args)]
+struct Global {
+    /// The configuration file [default: /etc/qchain/qchain.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE", env = "QCHAIN_CONFIG")]
+    config: Option<PathBuf>,
+    /// A store; may be repeated [env: `QCHAIN_STORE`, several separated by semicolons]
+    #[arg(long = "store", global = true, value_name = "DIR[,url=URL][,alias=PREFIX]")]
+    stores: Vec<String>,
+    /// Print one JSON document and nothing else
+    #[arg(long, global = true)]
+    json: bool,
+    /// Refuse every command that changes a store
+    #[arg(long, global = true)]
+    read_only: bool,
+    /// Log errors only, show no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Log more; may be repeated
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+/// Verifies, merges, flattens and copies qcow2 snapshot chains on CloudStack secondary storage.
+#[derive(Debug, Parser)]
+#[command(name = "qchain", version, max_term_width = 100, after_help = MEMBERS_HELP)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const MEMBERS_HELP: &str = "\
+MEMBER is [STORE:]install/path, a file name if it is unique, a prefix ending in /, or @FILE or - for a \
+list of such, one a line.
+
+Exit codes: 0 done, 1 damage found, 2 usage, 3 refused, 4 not found, 5 busy, 6 image corrupt or \
+unsupported, 7 no space, 8 input/output or peer failure, 130 cancelled.";
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Opt stores in, and find out what they can do
+    Init(init::Args),
+    /// Remove everything of qchain's from stores
+    Deinit(init::DeinitArgs),
+    /// Show chains, their sizes and states
+    List(list::Args),
+    /// Show where the bytes of a member's view are
+    Map(map::Args),
+    /// Compute the digest of a member's view
+    Digest(digest::Args),
+    /// Check members for damage
+    Verify(verify::Args),
+    /// Say what a reason code means
+    Explain(explain::Args),
+    /// Look at the configuration
+    Config(config_check::Args),
+}
+
+/// Runs the command.
+fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
+    let context = || Context::new(&cli.global, cancel.clone());
+    match &cli.command {
+        Command::Init(args) => init::run(&context()?, args),
+        Command::Deinit(args) => init::run_deinit(&context()?, args),
+        Command::List(args) => list::run(&context()?, args),
+        Command::Map(args) => map::run(&context()?, args),
+        Command::Digest(args) => digest::run(&context()?, args),
+        Command::Verify(args) => verify::run(&context()?, args),
+        Command::Explain(args) => explain::run(cli.global.json, args),
+        Command::Config(args) => config_check::run(&context()?, args),
+    }
+}
+
+/// Runs the program with the arguments of the process; gives its exit code.
+#[must_use]
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error),
+    };
+    start_log(&cli.global);
+    crate::backend::posix::raise_file_limit();
+    let cancel = crate::progress::Cancel::default();
+    interrupt::install(&cancel);
+    let done = check_stores_flags(&cli.global).and_then(|()| dispatch(&cli, &cancel));
+    match done {
+        Ok(exit) => exit.0,
+        Err(error) => output::report_error(&error, cli.global.json),
+    }
+}
+
+/// A command line that clap refused, or a call for help.
+fn not_understood(error: &clap::Error) -> u8 {
+    let help = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    if help || !flag_given("--json") {
+        // Nothing is left to be done if the terminal is gone.
+        let _ = error.print();
+        return if help { 0 } else { crate::failure::Kind::Usage.exit_code() };
+    }
+    let text = error.to_string();
+    let message = text.trim().trim_start_matches("error: ").to_owned();
+    output::report_error(&CliError::usage(message), true)
+}
+
+fn flag_given(flag: &str) -> bool {
+    own_arguments().any(|argument| argument == OsStr::new(flag))
+}
+
+/// The arguments before a lone `--`.
+fn own_arguments() -> impl Iterator<Item = std::ffi::OsString> {
+    std::env::args_os().skip(1).take_while(|argument| argument != OsStr::new("--"))
+}
+
+/// Stores before the command and behind it would silently replace each other.
+fn check_stores_flags(global: &Global) -> Result<()> {
+    let is_store = |argument: &std::ffi::OsString| {
+        argument == OsStr::new("--store")
+            || argument.to_str().is_some_and(|text| text.starts_with("--store="))
+    };
+    if own_arguments().filter(is_store).count() > global.stores.len() {
+        let message = "give every --store before the command, or every one behind it";
+        return Err(CliError::usage(message.to_owned()));
+    }
+    Ok(())
+}
+
+fn start_log(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => tracing::Level::ERROR,
+        (false, 0) => tracing::Level::WARN,
+        (false, 1) => tracing::Level::INFO,
+        (false, 2) => tracing::Level::DEBUG,
+        (false, _) => tracing::Level::TRACE,
+    };
+    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+    // Fails only if a log was started already, which then is used.
+    let _ = log.try_init();
+}

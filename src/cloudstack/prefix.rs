@@ -99,6 +99,14 @@ impl StoreUrl {
     }
 }
 
+/// The URL as [`StoreUrl::parse`] reads it, without what it drops.
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.replace('%', "%25").replace('?', "%3F").replace('#', "%23");
+        write!(f, "nfs://{}{path}", self.host)
+    }
+}
+
 /// An address as Java's `InetAddress.getHostAddress` writes it: IPv6 without `::`, mapped IPv4 as IPv4.
 fn java_address(address: IpAddr) -> String {
     let long = |six: Ipv6Addr| six.segments().map(|segment| format!("{segment:x}")).join(":");

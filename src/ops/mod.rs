@@ -5,6 +5,11 @@
 //! layer.
 
 pub mod delete;
+pub mod digest;
 mod error;
+pub mod init;
+pub mod list;
+pub mod map;
+pub mod verify;
 
 pub use error::{OpError, Result};

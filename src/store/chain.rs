@@ -6,14 +6,15 @@
 use std::sync::Arc;
 
 use crate::backend::BackendError;
-use crate::chain::graph::{Graph, Key, NodeId};
+use crate::chain::graph::{ChainError, Graph, Key, NodeId};
 use crate::chain::view::{Layer, view};
-use crate::failure::Code;
+use crate::failure::{Code, Severity};
 use crate::qcow2::image::Extents;
 use crate::qcow2::layout::SourceFacts;
 use crate::qcow2::{Content, Image, ImageError, Run};
 use crate::store::Stores;
 use crate::store::error::{Result, StoreError};
+use crate::store::scan::{Finding, Scan};
 use crate::units::GuestOffset;
 
 /// The deepest chain that is read: each layer costs an open file and a table window.
@@ -61,6 +62,20 @@ impl OpenChain {
         let keys = std::iter::once(id).chain(ancestors).map(|id| &graph.node(id).key);
         let images = keys.map(|key| open_image(stores, key)).collect::<Result<Vec<_>>>()?;
         Ok(Self::of(images))
+    }
+
+    /// Opens a scanned member and all below it; what the scan has found wrong is told in its words.
+    pub fn of_member(stores: &Stores, scan: &Scan, id: NodeId) -> Result<Self> {
+        if let Err(ChainError::Broken { at, .. }) = scan.graph.complete(id) {
+            let (member, at) = (stores.display(&scan.graph.node(id).key), stores.display(&at));
+            let is_cause =
+                |finding: &&Finding| finding.member == at && finding.code.severity() == Severity::Error;
+            if let Some(Finding { code, message, .. }) = scan.findings.iter().find(is_cause) {
+                let source = ImageError::Bad { image: at, code: *code, detail: message.clone() };
+                return Err(StoreError::Image { member, source });
+            }
+        }
+        Self::open(stores, &scan.graph, id)
     }
 
     /// A chain of images already open, newest first.

@@ -15,6 +15,7 @@
 
 pub mod cache;
 pub mod chain;
+pub mod digest;
 mod error;
 pub mod facts;
 pub mod merge;
@@ -22,6 +23,7 @@ pub mod names;
 mod open;
 pub mod record;
 pub mod scan;
+pub mod standalone;
 
 pub use error::{Result, StoreError};
 pub use open::{Store, StoreConfig, Stores};

@@ -9,6 +9,7 @@ mod list;
 use std::collections::HashMap;
 
 use rayon::prelude::*;
+use serde::ser::SerializeStruct as _;
 
 use crate::backend::{ImageLocks, Stat};
 use crate::chain::graph::{Graph, Key, NodeId};
@@ -35,6 +36,17 @@ pub struct Finding {
     pub code: Code,
     /// What is so.
     pub message: String,
+}
+
+impl serde::Serialize for Finding {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut fields = to.serialize_struct("Finding", 4)?;
+        fields.serialize_field("member", &self.member)?;
+        fields.serialize_field("code", &self.code)?;
+        fields.serialize_field("severity", self.code.severity().word())?;
+        fields.serialize_field("message", &self.message)?;
+        fields.end()
+    }
 }
 
 /// Why a member counts as still being made (design, "incoming").

@@ -52,7 +52,7 @@ const FILE_IO: &[(&str, &[&str])] = &[
 const FILE_IO_ALLOWED: &[(&str, &str)] = &[
     ("src/cli/config.rs", "reads the configuration"),
     ("src/cli/records_file.rs", "reads the file given with --records"),
-    ("src/cli/limits.rs", "raises the limit of open files"),
+    ("src/cli/members.rs", "reads the lists of members given as @FILE"),
 ];
 
 /// Where `.rename(` may stand: the one publisher, and the implementations of the call.

@@ -1,0 +1,147 @@
+//! What every command has at hand: settings, stores, progress, the token that stops it.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::Global;
+use super::bar::Bar;
+use super::cache::Caches;
+use super::error::{CliError, Result};
+use super::settings::Settings;
+use super::{config, output, stores};
+use crate::failure::Code;
+use crate::progress::{Cancel, Progress};
+use crate::store::scan::{Scan, ScanOptions};
+use crate::store::{StoreConfig, Stores};
+
+/// One call of the program.
+pub struct Context {
+    /// The configuration.
+    pub settings: Settings,
+    /// The file it was read from, if any.
+    pub config_file: Option<PathBuf>,
+    /// Requested by Ctrl-C.
+    pub cancel: Cancel,
+    configs: Vec<StoreConfig>,
+    json: bool,
+    read_only: bool,
+    bar: Bar,
+}
+
+impl Context {
+    /// Reads the configuration; opens nothing yet.
+    pub fn new(global: &Global, cancel: Cancel) -> Result<Self> {
+        let (config_file, settings) = config::load(global.config.as_deref())?;
+        let configs = stores::configured(&global.stores, &settings.stores)?;
+        let bar = Bar::new(!global.quiet);
+        let (json, read_only) = (global.json, global.read_only);
+        Ok(Self { settings, config_file, cancel, configs, json, read_only, bar })
+    }
+
+    /// What is told of running work.
+    pub fn progress(&self) -> &dyn Progress {
+        &self.bar
+    }
+
+    /// Whether standard output is to be one JSON document.
+    pub fn json(&self) -> bool {
+        self.json
+    }
+
+    /// What is known of the stores of the call.
+    pub fn configs(&self) -> &[StoreConfig] {
+        &self.configs
+    }
+
+    /// Opens the stores; there must be one.
+    pub fn stores(&self) -> Result<Stores> {
+        if self.configs.is_empty() {
+            let message = "no store: give --store DIR, or name one in the configuration";
+            return Err(CliError::usage(message.to_owned()));
+        }
+        stores::open(self.configs.clone())
+    }
+
+    /// Scans for a reading verb: by the help of the cache of headers.
+    pub fn scan_cached(&self, stores: &Stores) -> Result<Scan> {
+        let caches = Caches::load(stores, self.settings.server.cache.as_deref());
+        let scan = self.scan_with(stores, &caches.loaded, self.settle_ns())?;
+        caches.save();
+        Ok(scan)
+    }
+
+    /// Scans for a changing verb: everything is read. `now` waives the settle time.
+    #[expect(dead_code, reason = "for the first changing verb")]
+    pub fn scan(&self, stores: &Stores, now: bool) -> Result<Scan> {
+        self.scan_with(stores, &[], if now { 0 } else { self.settle_ns() })
+    }
+
+    fn scan_with(
+        &self,
+        stores: &Stores,
+        caches: &[crate::store::cache::Cache],
+        settle_ns: i128,
+    ) -> Result<Scan> {
+        let options = ScanOptions { now_ns: now_ns(), settle_ns, caches, progress: self.progress() };
+        let scan = Scan::run(stores, &options)?;
+        self.cancel.check()?;
+        Ok(scan)
+    }
+
+    fn settle_ns(&self) -> i128 {
+        i128::try_from(self.settings.safety.settle.0.as_nanos()).unwrap_or(i128::MAX)
+    }
+
+    /// Prints a report: the JSON document, or what `text` writes.
+    pub fn print(
+        &self,
+        report: &impl Serialize,
+        text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<()> {
+        self.bar.clear();
+        if self.json { output::json(report) } else { output::text(text) }
+    }
+
+    /// Prints piece by piece, whatever the form.
+    pub fn stream(&self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+        self.bar.clear();
+        output::text(write)
+    }
+
+    /// Refuses if the call is `--read-only`.
+    pub fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            let message = "this command changes the store, and --read-only was given".to_owned();
+            return Err(CliError::Refused { code: Code::ReadOnly, message });
+        }
+        Ok(())
+    }
+
+    /// Shows a plan and asks for consent on a terminal; `yes` skips that and is required without one.
+    pub fn confirm(&self, plan: &str, yes: bool) -> Result<()> {
+        if yes {
+            return Ok(());
+        }
+        self.bar.clear();
+        let refused =
+            |message: &str| CliError::Refused { code: Code::NotConfirmed, message: message.to_owned() };
+        if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+            return Err(refused("there is no terminal to ask on, and --yes was not given"));
+        }
+        eprint!("{plan}\nGo on? [y/N] ");
+        let mut answer = String::new();
+        let read = io::stdin().lock().read_line(&mut answer);
+        read.map_err(|source| CliError::Read { file: "standard input".to_owned(), source })?;
+        self.cancel.check()?;
+        if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(refused("not confirmed")) }
+    }
+}
+
+/// The time, in nanoseconds since 1970.
+fn now_ns() -> i128 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i128::try_from(now.as_nanos()).unwrap_or(i128::MAX)
+}

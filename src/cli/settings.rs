@@ -1,0 +1,288 @@
+//! The configuration as values: every documented key, and no other. Pure.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::values;
+
+/// The whole configuration.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// `[[stores]]`
+    pub stores: Vec<StoreSettings>,
+    /// `[safety]`
+    pub safety: Safety,
+    /// `[limits]`
+    pub limits: Limits,
+    /// `[server]`
+    pub server: Server,
+    /// `[zones.NAME]`
+    pub zones: BTreeMap<String, Zone>,
+}
+
+/// One of `[[stores]]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreSettings {
+    /// Its name on the command line; the directory's base name if there is none.
+    pub id: Option<String>,
+    /// The mount.
+    pub path: Option<PathBuf>,
+    /// What CloudStack has.
+    pub url: Option<String>,
+    /// More prefixes of backing names.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// How backing names are written.
+    #[serde(default)]
+    pub backing: Backing,
+    /// Whose layout of directories it has.
+    #[serde(default)]
+    pub layout: Directories,
+}
+
+/// How backing names are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// The bare file name where it resolves.
+    #[default]
+    Relative,
+    /// As the child had it.
+    Keep,
+}
+
+/// Whose layout of directories a store has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Directories {
+    /// Secondary storage.
+    #[default]
+    Secondary,
+    /// Primary storage: `snapshots/<uuid>`.
+    Primary,
+}
+
+/// `[safety]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Safety {
+    /// How long a file without checkpoints must have been left alone.
+    pub settle: Span,
+    /// When another instance's lease is taken for abandoned.
+    pub lease: Span,
+    /// When `in-place` may be chosen.
+    pub in_place: InPlace,
+    /// How long old files are kept.
+    pub retention: Span,
+    /// How long a deleted file keeps its name; none is `auto`.
+    pub reader_grace: Grace,
+    /// Who else compares before a purge.
+    pub witness: Witness,
+}
+
+impl Default for Safety {
+    fn default() -> Self {
+        Self {
+            settle: Span(Duration::from_mins(2)),
+            lease: Span(Duration::from_secs(15)),
+            in_place: InPlace::Auto,
+            retention: Span(Duration::from_hours(24)),
+            reader_grace: Grace(None),
+            witness: Witness::None,
+        }
+    }
+}
+
+/// When `in-place` may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InPlace {
+    /// Where it is cheapest.
+    Auto,
+    /// Where there is no room for another way.
+    NoSpace,
+    /// Never.
+    Never,
+}
+
+/// Who else compares before a purge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Witness {
+    /// Nobody.
+    None,
+    /// QEMU.
+    QemuImg,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// How many trees are worked on at once.
+    pub jobs: usize,
+    /// Bytes a second; 0 for no limit.
+    pub rate: Rate,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { jobs: 4, rate: Rate(0) }
+    }
+}
+
+/// `[server]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Where the service listens.
+    pub listen: String,
+    /// The file of bearer tokens.
+    pub tokens: Option<PathBuf>,
+    /// Where caches are kept.
+    pub cache: Option<PathBuf>,
+    /// Who wakes and spreads several instances.
+    pub coordinator: Option<String>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:7420".to_owned(), tokens: None, cache: None, coordinator: None }
+    }
+}
+
+/// One of `[zones.NAME]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Zone {
+    /// The peer's address.
+    pub url: String,
+    /// The file with the token to show there.
+    pub token_file: Option<PathBuf>,
+}
+
+/// A duration as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+/// `auto`, or a duration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grace(pub Option<Duration>);
+
+/// Bytes a second as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate(pub u64);
+
+fn text<'de, D: Deserializer<'de>, T>(
+    from: D,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<T, D::Error> {
+    let text = String::deserialize(from)?;
+    parse(&text).map_err(serde::de::Error::custom)
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from, values::duration).map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Grace {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from, |text| if text == "auto" { Ok(None) } else { values::duration(text).map(Some) }).map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from, values::rate).map(Self)
+    }
+}
+
+impl Serialize for Span {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_duration(self.0))
+    }
+}
+
+impl Serialize for Grace {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            None => to.serialize_str("auto"),
+            Some(grace) => Span(grace).serialize(to),
+        }
+    }
+}
+
+impl Serialize for Rate {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{}B/s", self.0))
+    }
+}
+
+impl Settings {
+    /// Reads the text of a configuration file.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Grace, InPlace, Settings};
+
+    const DOCUMENTED: &str = r#"
+        [[stores]]
+        id = "sec1"
+        path = "/mnt/secondary"
+        url = "nfs://nas.example.org/export/sec1"
+        aliases = ["/mnt/11111111-2222-3333-8444-555555555555"]
+        backing = "relative"
+        [safety]
+        settle = "2m"
+        lease = "15s"
+        in_place = "auto"
+        retention = "24h"
+        reader_grace = "auto"
+        witness = "none"
+        [limits]
+        jobs = 4
+        rate = "0"
+        [server]
+        listen = "127.0.0.1:7420"
+        tokens = "/etc/qchain/tokens"
+        cache = "/var/cache/qchain"
+        [zones.east]
+        url = "https://qchain.east.example.org:7420"
+        token_file = "/etc/qchain/east.token"
+    "#;
+
+    #[test]
+    fn the_documented_file_is_what_the_defaults_are() {
+        let settings = Settings::parse(DOCUMENTED).unwrap();
+        assert_eq!(settings.stores.len(), 1);
+        assert_eq!(settings.safety.settle, super::Safety::default().settle);
+        assert_eq!(settings.safety.retention.0, Duration::from_hours(24));
+        assert_eq!(settings.safety.reader_grace, Grace(None));
+        assert_eq!(settings.safety.in_place, InPlace::Auto);
+        // What `config check` prints can be read again.
+        let printed = toml::to_string(&settings).unwrap();
+        assert!(Settings::parse(&printed).is_ok(), "{printed}");
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_errors() {
+        for bad in ["[safety]\nsettel = \"2m\"", "[other]", "[safety]\nsettle = 5", "[limits]\nrate = \"x\""]
+        {
+            assert!(Settings::parse(bad).is_err(), "{bad}");
+        }
+        assert!(Settings::parse("").is_ok());
+    }
+}

@@ -1,0 +1,165 @@
+//! Which stores a call is about: `--store`, `QCHAIN_STORE`, or the configuration.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::{CliError, Result};
+use super::settings::{Backing, Directories, StoreSettings};
+use crate::backend::posix::PosixStore;
+use crate::cloudstack::backing::Style;
+use crate::cloudstack::prefix::StoreUrl;
+use crate::ids::StoreId;
+use crate::store::{Store, StoreConfig, StoreError, Stores};
+
+/// The variable that stands for `--store`; several stores are separated by semicolons.
+const VARIABLE: &str = "QCHAIN_STORE";
+
+/// The stores of a call: the flags, else the variable, else the configuration.
+pub fn configured(flags: &[String], settings: &[StoreSettings]) -> Result<Vec<StoreConfig>> {
+    let variable = std::env::var(VARIABLE).unwrap_or_default();
+    let named: Vec<&str> = if flags.is_empty() {
+        variable.split(';').filter(|text| !text.is_empty()).collect()
+    } else {
+        flags.iter().map(String::as_str).collect()
+    };
+    if named.is_empty() {
+        return settings.iter().map(of_settings).collect();
+    }
+    named.into_iter().map(|text| of_settings(&of_flag(text, settings)?)).collect()
+}
+
+/// Reads `DIR[,url=URL][,alias=PREFIX]...`; a directory that the configuration knows keeps what is said
+/// of it there.
+fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
+    let (directory, rest) = text.split_once(',').map_or((text, None), |(dir, rest)| (dir, Some(rest)));
+    if directory.is_empty() {
+        return Err(CliError::usage(format!("--store {text:?} names no directory")));
+    }
+    if directory.contains("://") {
+        return Err(no_export(directory));
+    }
+    let path = absolute(Path::new(directory))?;
+    let known = settings.iter().find(|store| {
+        let theirs = store.path.as_deref().and_then(|path| absolute(path).ok());
+        theirs.is_some_and(|theirs| theirs == path)
+    });
+    let mut store = known.cloned().unwrap_or(StoreSettings {
+        id: None,
+        path: None,
+        url: None,
+        aliases: Vec::new(),
+        backing: Backing::default(),
+        layout: Directories::default(),
+    });
+    store.path = Some(path);
+    for option in rest.into_iter().flat_map(|rest| rest.split(',')) {
+        match option.split_once('=') {
+            Some(("url", url)) => store.url = Some(url.to_owned()),
+            Some(("alias", prefix)) => store.aliases.push(prefix.to_owned()),
+            _ => {
+                let message = format!("--store {text:?}: {option:?} is neither url=URL nor alias=PREFIX");
+                return Err(CliError::usage(message));
+            }
+        }
+    }
+    Ok(store)
+}
+
+fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
+    let Some(path) = &store.path else {
+        return Err(match &store.url {
+            Some(url) => no_export(url),
+            None => CliError::usage("a store of the configuration has neither path nor url".to_owned()),
+        });
+    };
+    if store.layout == Directories::Primary {
+        let message = format!("{}: layout = \"primary\" is not supported yet", path.display());
+        return Err(CliError::unsupported(message));
+    }
+    let path = absolute(path)?;
+    let root = path
+        .to_str()
+        .ok_or_else(|| CliError::usage(format!("the store's directory {} is not UTF-8", path.display())))?;
+    let id = match &store.id {
+        Some(id) => id.as_str(),
+        None => path.file_name().and_then(|name| name.to_str()).unwrap_or("root"),
+    };
+    let id = StoreId::parse(id).map_err(|error| {
+        CliError::usage(format!("{root}: {error}; name the store in the configuration (id = ...)"))
+    })?;
+    let url = store.url.as_deref().map(StoreUrl::parse).transpose();
+    let url = url.map_err(|error| CliError::usage(error.to_string()))?;
+    if let Some(relative) = store.aliases.iter().find(|alias| !alias.starts_with('/')) {
+        return Err(CliError::usage(format!("the alias {relative:?} is not absolute")));
+    }
+    let backing = match store.backing {
+        Backing::Relative => Style::Relative,
+        Backing::Keep => Style::Keep,
+    };
+    Ok(StoreConfig { id, root: root.to_owned(), url, aliases: store.aliases.clone(), backing })
+}
+
+fn no_export(url: &str) -> CliError {
+    CliError::unsupported(format!(
+        "{url}: stores without a mount are not supported yet; mount it and give the directory"
+    ))
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path);
+    // Without a trailing slash, so that two spellings are one.
+    absolute
+        .map(|path| path.components().collect())
+        .map_err(|source| CliError::Read { file: path.display().to_string(), source })
+}
+
+/// Opens stores for reading.
+pub fn open(configs: Vec<StoreConfig>) -> Result<Stores> {
+    let opened = configs.into_iter().map(|config| {
+        let backend = PosixStore::open(Path::new(&config.root));
+        let backend = backend.map_err(|source| StoreError::Backend { store: config.root.clone(), source })?;
+        Store::open(config, Arc::new(backend))
+    });
+    Ok(Stores::new(opened.collect::<std::result::Result<_, StoreError>>()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{configured, of_flag};
+    use crate::failure::{Code, Failure};
+
+    #[test]
+    fn flags_are_taken_apart() {
+        let flag = "/mnt/sec,url=nfs://nas/export,alias=/mnt/a,alias=/mnt/b".to_owned();
+        let stores = configured(&[flag, "/mnt/other/".to_owned()], &[]).unwrap();
+        assert_eq!((stores[0].id.as_str(), stores[0].root.as_str()), ("sec", "/mnt/sec"));
+        assert!(stores[0].url.is_some());
+        assert_eq!(stores[0].aliases, ["/mnt/a", "/mnt/b"]);
+        assert_eq!((stores[1].id.as_str(), stores[1].root.as_str()), ("other", "/mnt/other"));
+    }
+
+    #[test]
+    fn bad_flags() {
+        for (flag, code) in [
+            (",url=nfs://a/b", Code::Usage),
+            ("/mnt/a,colour=red", Code::Usage),
+            ("/mnt/a,url=ftp://x/y", Code::Usage),
+            ("/mnt/a,alias=relative", Code::Usage),
+            ("/mnt/a b", Code::Usage),
+            ("nfs://nas/export", Code::Unsupported),
+        ] {
+            let error = configured(&[flag.to_owned()], &[]).unwrap_err();
+            assert_eq!((error.kind().exit_code(), error.code()), (2, code), "{flag}");
+        }
+    }
+
+    #[test]
+    fn what_the_configuration_says_of_a_directory_stays() {
+        let text = "[[stores]]\nid = \"one\"\npath = \"/mnt/x\"\naliases = [\"/mnt/p\"]";
+        let settings = super::super::settings::Settings::parse(text).unwrap().stores;
+        let store = of_flag("/mnt/x/,alias=/mnt/q", &settings).unwrap();
+        assert_eq!(store.id.as_deref(), Some("one"));
+        assert_eq!(store.aliases, ["/mnt/p", "/mnt/q"]);
+        assert_eq!(configured(&[], &settings).unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,162 @@
+//! `list`: chains, sizes, states, and what a merge would free.
+
+mod frees;
+
+use std::collections::{BTreeSet, HashSet};
+
+use serde::Serialize;
+
+use crate::chain::graph::{Graph, NodeId, Tree};
+use crate::cloudstack::paths::SNAPSHOTS;
+use crate::cloudstack::records::{Records, Row};
+use crate::ops::Result;
+use crate::progress::{Cancel, Progress};
+use crate::store::Stores;
+use crate::store::record::StoreKind;
+use crate::store::scan::{Finding, Incoming, Member, Scan};
+
+/// All chains that were asked for.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListReport {
+    /// The chains.
+    pub chains: Vec<Chain>,
+    /// What is worth telling about them.
+    pub findings: Vec<Finding>,
+}
+
+/// One tree of members.
+#[derive(Clone, Debug, Serialize)]
+pub struct Chain {
+    /// A number for it, of no meaning in another call.
+    pub tree: usize,
+    /// Parents before children; each member is followed by all above it before its next sibling.
+    pub members: Vec<Entry>,
+    /// Bytes that members take which CloudStack has given up; only with its records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pinned_bytes: Option<u64>,
+    /// Bytes that merging those away would free, about; null where it cannot be done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merge_frees_bytes: Option<Option<u64>>,
+}
+
+/// One member.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    /// As it can be written on the command line.
+    pub member: String,
+    /// The store's id.
+    pub store: String,
+    /// The member below, if it is known.
+    pub parent: Option<String>,
+    /// The members right above.
+    pub children: Vec<String>,
+    /// The size of its disk; null if its header cannot be read.
+    pub virtual_bytes: Option<u64>,
+    /// The length of its file.
+    pub file_bytes: u64,
+    /// What the file takes on the store.
+    pub allocated_bytes: u64,
+    /// `incoming`, `damaged`, `temporary`, `settled`, or for a settled member with a row that row's state.
+    pub state: String,
+    /// Its cluster size; null if its header cannot be read.
+    pub cluster_bytes: Option<u64>,
+    /// CloudStack's state of it.
+    pub record: Option<String>,
+    /// Why it counts as still being made.
+    pub incoming: Option<String>,
+}
+
+/// What to list.
+#[derive(Debug, Default)]
+pub struct ListOptions<'a> {
+    /// Members whose trees are listed; none for all.
+    pub members: Option<&'a [NodeId]>,
+    /// CloudStack's rows.
+    pub records: Option<&'a Records>,
+}
+
+/// Lists trees.
+pub fn list(
+    stores: &Stores,
+    scan: &Scan,
+    options: &ListOptions<'_>,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<ListReport> {
+    let named: Option<BTreeSet<usize>> =
+        options.members.map(|members| members.iter().map(|id| scan.graph.tree_of(*id)).collect());
+    let wanted = |(index, tree): &(usize, &Tree)| match &named {
+        Some(named) => named.contains(index),
+        None => has_snapshots(stores, &scan.graph, tree),
+    };
+    let trees: Vec<(usize, &Tree)> = scan.graph.trees().iter().enumerate().filter(wanted).collect();
+    let mut chains = Vec::with_capacity(trees.len());
+    let gains = match options.records {
+        Some(records) => Some(frees::estimate(stores, scan, records, &trees, progress, cancel)?),
+        None => None,
+    };
+    for (place, (index, tree)) in trees.iter().enumerate() {
+        let members = tree.members.iter().filter_map(|id| entry(stores, scan, options.records, *id));
+        let gain = gains.as_ref().and_then(|gains| gains.get(place));
+        chains.push(Chain {
+            tree: *index,
+            members: members.collect(),
+            pinned_bytes: gain.map(|gain| gain.pinned_bytes),
+            merge_frees_bytes: gain.map(|gain| gain.frees_bytes),
+        });
+    }
+    let mut findings = scan.findings.clone();
+    if named.is_some() {
+        let shown: HashSet<&str> =
+            chains.iter().flat_map(|chain| &chain.members).map(|entry| entry.member.as_str()).collect();
+        findings.retain(|finding| shown.contains(finding.member.as_str()));
+    }
+    Ok(ListReport { chains, findings })
+}
+
+/// Whether a tree is more than templates or volumes that stand alone.
+fn has_snapshots(stores: &Stores, graph: &Graph, tree: &Tree) -> bool {
+    tree.members.iter().any(|id| {
+        let key = &graph.node(*id).key;
+        let plain = stores.get(key.store).is_ok_and(|store| store.kind() == StoreKind::Plain);
+        plain || key.path.components().next() == Some(SNAPSHOTS)
+    })
+}
+
+fn entry(stores: &Stores, scan: &Scan, records: Option<&Records>, id: NodeId) -> Option<Entry> {
+    let member = scan.member(id)?;
+    let header = member.reading.header();
+    let display = |id: &NodeId| stores.display(&scan.graph.node(*id).key);
+    let row = records.and_then(|records| row_of(stores, records, member));
+    Some(Entry {
+        member: stores.display(&member.key),
+        store: stores.get(member.key.store).map_or_else(|_| String::new(), |store| store.id().to_string()),
+        parent: scan.graph.parent(id).as_ref().map(display),
+        children: scan.graph.children(id).iter().map(display).collect(),
+        virtual_bytes: header.map(|header| header.virtual_bytes),
+        file_bytes: member.stat.length,
+        allocated_bytes: member.stat.allocated_bytes,
+        state: state(member, &scan.graph, id, row),
+        cluster_bytes: header.map(|header| header.cluster_bytes),
+        record: row.map(|row| row.ref_state.as_str().to_owned()),
+        incoming: member.incoming.as_ref().map(Incoming::reason),
+    })
+}
+
+/// The row of a member.
+fn row_of<'a>(stores: &Stores, records: &'a Records, member: &Member) -> Option<&'a Row> {
+    let url = stores.get(member.key.store).ok()?.config().url.as_ref().map(ToString::to_string);
+    records.lookup(member.key.path.as_str(), url.as_deref())
+}
+
+/// What is the case with a member, in one word. A file that QEMU writes now may look like anything.
+fn state(member: &Member, graph: &Graph, id: NodeId, row: Option<&Row>) -> String {
+    let word = match &member.incoming {
+        Some(Incoming::Writer | Incoming::NoCheckpoint | Incoming::ParentsDisagree { .. }) => "incoming",
+        _ if member.reading.fault().is_some() || graph.complete(id).is_err() => "damaged",
+        _ if member.temporary => "temporary",
+        Some(Incoming::Unsettled) => "incoming",
+        None => return row.map_or_else(|| "settled".to_owned(), |row| row.ref_state.as_str().to_lowercase()),
+    };
+    word.to_owned()
+}
