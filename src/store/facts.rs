@@ -144,7 +144,16 @@ fn read_header(file: &Arc<dyn StoreFile>, name: &str) -> Result<Reading, Backend
         Ok(image) => Ok(Reading::Image(image.header().into())),
         Err(ImageError::NotQcow2 { .. }) => Ok(Reading::NotQcow2),
         Err(ImageError::Store { source, .. }) => Err(source),
-        Err(error) => Ok(Reading::Bad { code: error.code().as_str().to_owned(), message: error.to_string() }),
+        Err(error) => {
+            let code = error.code().as_str().to_owned();
+            // Whoever shows it names the member.
+            let message = match error {
+                ImageError::Bad { detail, .. } => detail,
+                ImageError::Unsupported { feature, .. } => format!("{feature} is not supported"),
+                other => other.to_string(),
+            };
+            Ok(Reading::Bad { code, message })
+        }
     }
 }
 
