@@ -74,7 +74,6 @@ impl Context {
     }
 
     /// Scans for a changing verb: everything is read. `now` waives the settle time.
-    #[expect(dead_code, reason = "for the first changing verb")]
     pub fn scan(&self, stores: &Stores, now: bool) -> Result<Scan> {
         self.scan_with(stores, &[], if now { 0 } else { self.settle_ns() })
     }

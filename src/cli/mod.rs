@@ -12,6 +12,7 @@ mod cache;
 mod config;
 mod config_check;
 mod context;
+mod delete;
 mod digest;
 mod error;
 mod explain;
@@ -91,6 +92,8 @@ enum Command {
     Digest(digest::Args),
     /// Check members for damage
     Verify(verify::Args),
+    /// Delete members: merge each into its children, or remove a tip
+    Delete(delete::Args),
     /// Say what a reason code means
     Explain(explain::Args),
     /// Look at the configuration
@@ -107,6 +110,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Map(args) => map::run(&context()?, args),
         Command::Digest(args) => digest::run(&context()?, args),
         Command::Verify(args) => verify::run(&context()?, args),
+        Command::Delete(args) => delete::run(&context()?, args),
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
     }

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use serde::Serialize;
 
 use super::error::{CliError, Result};
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 
 /// The version of all JSON documents.
 pub const SCHEMA: u32 = 1;
@@ -66,21 +66,6 @@ pub fn report_error(error: &CliError, as_json: bool) -> u8 {
         eprintln!("qchain: {} [{}]", with_causes(error), error.code());
     }
     error.kind().exit_code()
-}
-
-/// An error with its causes, on one line. A cause that only says what the error said is left out.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut last = text.clone();
-    for cause in std::iter::successors(error.source(), |error| error.source()) {
-        let next = cause.to_string();
-        if next != last {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        last = next;
-    }
-    text
 }
 
 /// A number of bytes for people: `1.5 GiB`.

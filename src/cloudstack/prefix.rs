@@ -31,12 +31,6 @@ pub struct StoreUrl {
     path: String,
 }
 
-impl fmt::Display for StoreUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nfs://{}{}", self.host, self.path)
-    }
-}
-
 /// Why a text is no store's URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{url:?} is no URL of a store: {reason}")]
