@@ -25,6 +25,12 @@ pub trait Layer: Clone {
 
     /// Its extents from `from` (below the virtual size) to its virtual size, in order, without gaps.
     fn extents(&self, from: GuestOffset) -> Self::Extents;
+
+    /// Makes `extents`, which this layer gave, go on at `to`, as those from there would. For layers that
+    /// can keep what they have read.
+    fn seek(&self, extents: &mut Self::Extents, to: GuestOffset) {
+        *extents = self.extents(to);
+    }
 }
 
 /// The map of `[from, to)` of the newest layer's disk (clipped at its virtual size), as maximal runs.
@@ -124,9 +130,14 @@ impl<L: Layer> Cursor<L> {
                 break;
             }
         }
-        let mut extents = self.layer.extents(offset);
+        let extents = match &mut self.extents {
+            Some(extents) => {
+                self.layer.seek(extents, offset);
+                extents
+            }
+            none => none.insert(self.layer.extents(offset)),
+        };
         self.current = extents.next().transpose()?;
-        self.extents = Some(extents);
         // An image that ends before its own virtual size has nothing more to say: see below.
         let rest = self.layer.virtual_size() - offset.0;
         Ok(Some(self.current.unwrap_or(Extent { start: offset, length: rest, kind: ExtentKind::Below })))

@@ -40,6 +40,10 @@ impl Layer for ImageLayer {
     fn extents(&self, from: GuestOffset) -> Extents {
         self.image.extents_windowed(from, self.window_bytes)
     }
+
+    fn seek(&self, extents: &mut Extents, to: GuestOffset) {
+        extents.seek(to);
+    }
 }
 
 /// Some neighbouring members of a chain, newest first.

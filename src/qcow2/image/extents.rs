@@ -45,6 +45,16 @@ impl Extents {
         }
     }
 
+    /// Goes on at `to`, as a new walk from there would, but keeps the windows: who steps over small gaps
+    /// reads no table twice.
+    pub fn seek(&mut self, to: GuestOffset) {
+        self.at = to.0;
+        self.held = None;
+        self.failed = None;
+        self.tables_seen = 0;
+        self.data_seen = 0;
+    }
+
     /// What is at `self.at`, up to the end of that subcluster run, cluster or L2 table's range.
     fn piece(&mut self) -> Result<Extent> {
         let start = GuestOffset(self.at);
