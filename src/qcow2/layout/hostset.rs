@@ -40,19 +40,23 @@ impl Collecting {
         let end = first.saturating_add(count);
         let mut unit = first;
         while unit < end {
-            let words = self.chunks.entry(unit / CHUNK_UNITS).or_insert_with(|| Box::new([0; WORDS]));
-            let Some(word) = usize::try_from(unit % CHUNK_UNITS / 64).ok().and_then(|w| words.get_mut(w))
-            else {
-                return false;
-            };
-            let low = unit % 64;
-            let bits = (64 - low).min(end - unit);
-            let mask = ones(bits) << low;
-            if *word & mask != 0 {
-                return false;
+            let chunk = unit / CHUNK_UNITS;
+            let words = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; WORDS]));
+            let stop = end.min((chunk + 1).saturating_mul(CHUNK_UNITS));
+            while unit < stop {
+                let Some(word) = usize::try_from(unit % CHUNK_UNITS / 64).ok().and_then(|w| words.get_mut(w))
+                else {
+                    return false;
+                };
+                let low = unit % 64;
+                let bits = (64 - low).min(stop - unit);
+                let mask = ones(bits) << low;
+                if *word & mask != 0 {
+                    return false;
+                }
+                *word |= mask;
+                unit += bits;
             }
-            *word |= mask;
-            unit += bits;
         }
         true
     }
@@ -131,6 +135,26 @@ impl HostSet {
         None
     }
 
+    /// How many neighbouring units from `unit` on are in the set, as far as it takes no search: at most up
+    /// to the end of its chunk, and 0 only if it is not in the set itself.
+    #[must_use]
+    pub fn run_from(&self, unit: u64) -> u64 {
+        let at = self.chunks.binary_search_by_key(&(unit / CHUNK_UNITS), |chunk| chunk.index);
+        let Some(chunk) = at.ok().and_then(|at| self.chunks.get(at)) else { return 0 };
+        let mut count = 0;
+        while unit % CHUNK_UNITS + count < CHUNK_UNITS {
+            let next = unit % CHUNK_UNITS + count;
+            let word = usize::try_from(next / 64).ok().and_then(|word| chunk.words.get(word));
+            let left = 64 - next % 64;
+            let ones = word.map_or(0, |word| u64::from((word >> (next % 64)).trailing_ones())).min(left);
+            count += ones;
+            if ones < left {
+                break;
+            }
+        }
+        count
+    }
+
     /// Maximal runs of neighbouring units, `(first, count)`, in order.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut pieces = self.chunks.iter().flat_map(|chunk| {
@@ -197,6 +221,9 @@ mod tests {
             for (rank, unit) in model.iter().enumerate() {
                 prop_assert_eq!(set.rank(*unit), Some(rank as u64));
                 prop_assert_eq!(set.select(rank as u64), Some(*unit));
+                let run = set.run_from(*unit);
+                prop_assert!(run > 0 && (*unit..unit + run).all(|unit| model.contains(&unit)));
+                prop_assert!(!model.contains(&(unit + run)) || (unit + run) % 4096 == 0);
             }
             prop_assert_eq!(set.select(set.len()), None);
             let listed: Vec<u64> = set.runs().flat_map(|(first, count)| first..first + count).collect();
@@ -205,7 +232,7 @@ mod tests {
             prop_assert!(runs.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "not maximal");
             for gap in [0u64, 7, 4095, 4096, 25_000] {
                 if !model.contains(&gap) {
-                    prop_assert_eq!(set.rank(gap), None);
+                    prop_assert_eq!((set.rank(gap), set.run_from(gap)), (None, 0));
                 }
             }
         }

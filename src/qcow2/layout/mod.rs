@@ -262,10 +262,11 @@ impl Layout {
             let start = self.geometry.moved.get(layer)?;
             let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
             let offset = host.0 - start;
-            let from = self.moved.get(layer)?.select(offset / unit.bytes())?;
+            let set = self.moved.get(layer)?;
+            let from = set.select(offset / unit.bytes())?;
             let within = unit.within(offset);
             let host = HostOffset(from * unit.bytes() + within);
-            Some(Origin::Moved { layer, host, length: unit.bytes() - within })
+            Some(Origin::Moved { layer, host, length: set.run_from(from) * unit.bytes() - within })
         });
         found.unwrap_or(Origin::Written)
     }
