@@ -1,18 +1,19 @@
 //! Writes a planned image into an empty file.
 //!
-//! Data first, tables after, the header last: a file that was cut off by a crash has no magic and is taken
-//! for no image. Nothing here syncs or names the file; the caller seals and publishes it.
+//! The header comes last: a file that was cut off by a crash has no magic and is taken for no image. Nothing
+//! here syncs or names the file; the caller seals and publishes it.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use crate::backend::{BackendError, Means, Move, Moved, StoreFile};
+use crate::failure::Code;
 use crate::progress::{Cancel, Progress};
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::{Emit, Fill, Layout, Part};
-use crate::qcow2::map::Run;
+use crate::qcow2::map::{CompressedCluster, Run};
 use crate::units::GuestOffset;
 
 /// Moves that are given to the store in one go: between batches the work can be stopped.
@@ -21,6 +22,8 @@ const BATCH_MOVES: usize = 4096;
 const BATCH_BYTES: u64 = 256 << 20;
 /// Bytes of composed clusters held in memory at once, about.
 const COMPOSE_BYTES: u64 = 32 << 20;
+/// Bytes of composed clusters that are written in one go, about, and share what was decompressed for them.
+const CHUNK_BYTES: u64 = 512 << 10;
 
 /// Reads what the new image's backing file shows at a guest offset.
 pub type ReadBelow<'a> = dyn Fn(GuestOffset, &mut [u8]) -> Result<()> + Sync + 'a;
@@ -70,7 +73,11 @@ pub fn write(
     for emit in layout.emit(runs) {
         match emit? {
             Emit::Table { to, bytes } => {
-                flush(&mut pending, &mut pending_bytes, target, sources)?;
+                // All else may come in any order: without a header there is no image.
+                if to.0 == 0 {
+                    flush(&mut pending, &mut pending_bytes, target, sources)?;
+                }
+                check(sources.cancel, target)?;
                 target.write_at(to.0, &bytes).map_err(store)?;
                 written.metadata_bytes += bytes.len() as u64;
             }
@@ -93,7 +100,7 @@ pub fn write(
 fn move_all(layout: &Layout, target: &dyn StoreFile, sources: &Sources<'_>) -> Result<Moved> {
     let files: Vec<Arc<dyn StoreFile>> = sources.layers.iter().map(|layer| layer.file().clone()).collect();
     let mut done = Moved::default();
-    let mut moves = layout.moves().peekable();
+    let mut moves = layout.moves().flat_map(in_batches).peekable();
     while moves.peek().is_some() {
         check(sources.cancel, target)?;
         let (mut clones, mut copies) = (Vec::new(), Vec::new());
@@ -115,6 +122,15 @@ fn move_all(layout: &Layout, target: &dyn StoreFile, sources: &Sources<'_>) -> R
         sources.progress.advance(bytes);
     }
     Ok(done)
+}
+
+/// A run in parts of at most a batch: a run may be as long as a disk.
+fn in_batches(run: Move) -> impl Iterator<Item = Move> {
+    (0..run.length.div_ceil(BATCH_BYTES)).map(move |index| {
+        let done = index * BATCH_BYTES;
+        let length = (run.length - done).min(BATCH_BYTES);
+        Move { from: run.from + done, to: run.to + done, length, ..run }
+    })
 }
 
 /// Whether a run meets the alignment that clones need.
@@ -140,58 +156,106 @@ fn flush(
         return Ok(());
     }
     check(sources.cancel, target)?;
-    pending.par_iter().try_for_each(|emit| write_data(emit, target, sources))?;
+    let each = (*bytes / pending.len() as u64).max(1);
+    let chunk = usize::try_from(CHUNK_BYTES / each).unwrap_or_default().max(1);
+    pending.par_chunks(chunk).try_for_each(|emits| write_chunk(emits, target, sources))?;
     sources.progress.advance(*bytes);
     pending.clear();
     *bytes = 0;
     Ok(())
 }
 
-fn write_data(emit: &Emit, target: &dyn StoreFile, sources: &Sources<'_>) -> Result<()> {
-    let (to, buffer) = match emit {
-        Emit::Table { to, bytes } => (to, bytes.clone()),
-        Emit::Composed { to, length, parts } => (to, compose(*length, parts, sources)?),
-        Emit::Compressed { to, length, layer, cluster } => {
-            let layer = layer_at(sources, *layer)?;
-            let mut buffer = vec![0; usize::try_from(*length).unwrap_or_default()];
-            let stored = usize::try_from(cluster.stored_bytes).unwrap_or(usize::MAX).min(buffer.len());
-            if let Some(place) = buffer.get_mut(..stored) {
-                layer.read_data(cluster.host, place)?;
+/// Puts together and writes some neighbouring clusters: what follows each other in the file in one call.
+fn write_chunk(emits: &[Emit], target: &dyn StoreFile, sources: &Sources<'_>) -> Result<()> {
+    let store = |source| ImageError::Store { image: target.path().to_string(), source };
+    let mut composer = Composer { sources, inflated: None };
+    let mut held: Option<(u64, Vec<u8>)> = None;
+    for emit in emits {
+        let (to, bytes) = composer.bytes(emit)?;
+        match &mut held {
+            Some((start, buffer)) if *start + buffer.len() as u64 == to => buffer.extend_from_slice(&bytes),
+            _ => {
+                if let Some((start, buffer)) = held.replace((to, bytes)) {
+                    target.write_at(start, &buffer).map_err(store)?;
+                }
             }
-            (to, buffer)
         }
-    };
-    target
-        .write_at(to.0, &buffer)
-        .map_err(|source| ImageError::Store { image: target.path().to_string(), source })
+    }
+    held.map_or(Ok(()), |(start, buffer)| target.write_at(start, &buffer).map_err(store))
 }
 
-/// Puts one cluster together.
-fn compose(length: u64, parts: &[Part], sources: &Sources<'_>) -> Result<Vec<u8>> {
-    let mut buffer = vec![0; usize::try_from(length).unwrap_or_default()];
-    for part in parts {
-        let from = usize::try_from(part.within).unwrap_or(usize::MAX);
-        let to = from.saturating_add(usize::try_from(part.piece.length).unwrap_or(usize::MAX));
-        let Some(place) = buffer.get_mut(from..to) else { continue };
+/// Reads what clusters are made of.
+struct Composer<'a> {
+    sources: &'a Sources<'a>,
+    /// What was decompressed last: a large compressed cluster goes into many small ones.
+    inflated: Option<(usize, CompressedCluster, Vec<u8>)>,
+}
+
+impl Composer<'_> {
+    /// Where bytes go, and which.
+    fn bytes(&mut self, emit: &Emit) -> Result<(u64, Vec<u8>)> {
+        match emit {
+            Emit::Table { to, bytes } => Ok((to.0, bytes.clone())),
+            Emit::Composed { to, length, parts } => {
+                let mut buffer = vec![0; usize::try_from(*length).unwrap_or_default()];
+                for part in parts {
+                    self.lay(part, &mut buffer)?;
+                }
+                Ok((to.0, buffer))
+            }
+            Emit::Compressed { to, length, layer, cluster } => {
+                let mut buffer = vec![0; usize::try_from(*length).unwrap_or_default()];
+                let place = range(&mut buffer, 0, cluster.stored_bytes)?;
+                layer_at(self.sources, *layer)?.read_data(cluster.host, place)?;
+                Ok((to.0, buffer))
+            }
+        }
+    }
+
+    /// Lays one part over a cluster's zeros.
+    fn lay(&mut self, part: &Part, buffer: &mut [u8]) -> Result<()> {
+        let place = range(buffer, part.within, part.piece.length)?;
         match part.piece.fill {
-            Fill::Data { layer, host } => layer_at(sources, layer)?.read_data(host, place)?,
-            Fill::Below => (sources.below)(part.piece.start, place)?,
+            Fill::Data { layer, host } => layer_at(self.sources, layer)?.read_data(host, place)?,
+            Fill::Below => (self.sources.below)(part.piece.start, place)?,
             Fill::Compressed { layer, cluster } => {
-                let inflated = layer_at(sources, layer)?.read_compressed(&cluster)?;
-                let skip = usize::try_from(part.piece.start.0 - cluster.guest.0).unwrap_or(usize::MAX);
-                let bytes = inflated.get(skip..).unwrap_or_default();
-                place.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+                let skip = part.piece.start.0.saturating_sub(cluster.guest.0);
+                let inflated = self.inflate(layer, &cluster)?;
+                let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+                let end = skip.saturating_add(place.len());
+                place.copy_from_slice(inflated.get(skip..end).ok_or_else(outside)?);
             }
             Fill::Zero | Fill::Nothing => {}
         }
+        Ok(())
     }
-    Ok(buffer)
+
+    fn inflate(&mut self, layer: usize, cluster: &CompressedCluster) -> Result<&[u8]> {
+        let (_, _, bytes) = match self.inflated.take() {
+            Some(held) if held.0 == layer && held.1 == *cluster => self.inflated.insert(held),
+            _ => {
+                let bytes = layer_at(self.sources, layer)?.read_compressed(cluster)?;
+                self.inflated.insert((layer, *cluster, bytes))
+            }
+        };
+        Ok(bytes)
+    }
+}
+
+fn range(buffer: &mut [u8], at: u64, length: u64) -> Result<&mut [u8]> {
+    let start = usize::try_from(at).unwrap_or(usize::MAX);
+    let end = start.saturating_add(usize::try_from(length).unwrap_or(usize::MAX));
+    buffer.get_mut(start..end).ok_or_else(outside)
 }
 
 fn layer_at<'a>(sources: &Sources<'a>, layer: usize) -> Result<&'a Image> {
-    sources.layers.get(layer).ok_or_else(|| ImageError::Bad {
-        image: "the map".to_owned(),
-        code: crate::failure::Code::BadEntry,
-        detail: format!("layer {layer} does not exist"),
-    })
+    sources.layers.get(layer).ok_or_else(|| bad(format!("layer {layer} does not exist")))
+}
+
+fn outside() -> ImageError {
+    bad("a part of a cluster lies outside of it".to_owned())
+}
+
+fn bad(detail: String) -> ImageError {
+    ImageError::Bad { image: "the map".to_owned(), code: Code::BadEntry, detail }
 }
