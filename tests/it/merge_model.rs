@@ -1,8 +1,11 @@
 //! Merges of random chains, held against a model that is an array of bytes.
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use qchain::backend::faulty::Faulty;
+use qchain::backend::memory::MemoryStore;
 use qchain::failure::{Code, Failure};
 use qchain::qcow2::check::{Limits, check};
 use qchain::qcow2::layout::{Backing, ImageOptions, Layout, SourceFacts};
@@ -321,6 +324,68 @@ fn long_runs_are_planned_and_emitted_quickly() {
 }
 
 #[test]
+fn tables_below_long_runs_are_read_once() {
+    // Above, 60 of 64 clusters hide what is below; below, no two clusters are alike.
+    let clusters = 4096;
+    let format = Format::plain(12);
+    let cells = |seed, cell: fn(u64) -> Cell| {
+        let spec = Spec::new(format, clusters << 12, seed);
+        (0..clusters).fold(spec, |spec, at| spec.cell(at, cell(at)))
+    };
+    let base = cells(1, |at| if at % 2 == 0 { Cell::Zero } else { Cell::Data });
+    let tip = cells(2, |at| if at % 64 < 60 { Cell::Data } else { Cell::Below });
+    let store = Faulty::new(Arc::new(MemoryStore::new()));
+    let chain = Chain::build(Arc::new(store.clone()), true, vec![base, tip]);
+    let before = store.calls();
+    assert_eq!(chain.split(0, 1).0.map().count(), 64 * 5);
+    // Of each image: the L1 table, and its eight L2 tables.
+    assert_eq!(store.calls() - before, 2 * 9);
+}
+
+#[test]
+fn a_large_compressed_cluster_is_decompressed_for_many_small_ones_at_once() {
+    let base = Spec::new(Format::plain(21), 2 << 20, 1).cell(0, Cell::Compressed);
+    let tip = Spec::new(Format::plain(9), 2 << 20, 2);
+    let store = Faulty::new(Arc::new(MemoryStore::new()));
+    let chain = Chain::build(Arc::new(store.clone()), true, vec![base, tip]);
+    let merged = chain.merge(0, 1, "result").unwrap();
+    assert!(merged.view().unwrap() == chain.views[1]);
+    let trace = store.trace();
+    let count =
+        |name, path| trace.iter().filter(|call| call.name == name && call.path.as_str() == path).count();
+    // The cluster is wanted 4,096 times, and decompressed once for each 512 KiB of them.
+    assert!(count("read_at", "layer0") < 32, "{}", count("read_at", "layer0"));
+    let tables = usize::try_from(merged.layout.metadata_bytes() / 512).unwrap();
+    assert!(count("write_at", "result") < tables + 32, "{}", count("write_at", "result"));
+}
+
+#[test]
+fn the_header_is_written_last() {
+    for format in [Format::plain(9), Format::plain(16)] {
+        let specs = [1, 2].map(|seed| {
+            let spec = Spec::new(format, 40 * format.cluster() - 512, seed).cell(39, Cell::Data);
+            spec.cell(3, Cell::Compressed).cell(5 + seed, Cell::Data)
+        });
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        let chain = Chain::build(Arc::new(store.clone()), true, specs.to_vec());
+        let offsets = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&offsets);
+        store.tamper(move |_, offset, _| seen.lock().unwrap().push(offset));
+        chain.merge(0, 1, "result").unwrap();
+        let offsets = offsets.lock().unwrap();
+        assert_eq!(offsets.iter().position(|offset| *offset == 0), Some(offsets.len() - 1));
+    }
+}
+
+#[test]
+fn a_merge_can_be_stopped() {
+    let spec = |seed| Spec::new(Format::plain(16), 4 * K64, seed).cell(seed, Cell::Data);
+    let chain = Chain::in_memory(true, vec![spec(1), spec(2)]);
+    chain.cancel.request();
+    assert_eq!(chain.merge(0, 1, "result").map(drop).unwrap_err().code(), Code::Cancelled);
+}
+
+#[test]
 fn an_empty_disk() {
     for specs in [
         vec![Spec::new(Format::plain(16), 0, 1)],
@@ -333,7 +398,7 @@ fn an_empty_disk() {
         both_means(&specs, 0, 0);
         both_means(&specs, specs.len() / 2, specs.len() - 1);
     }
-    let store = qchain::backend::memory::MemoryStore::new();
+    let store = MemoryStore::new();
     let image = Image::open(put(&store, "a", &Spec::new(Format::plain(16), 0, 1).build()), "a").unwrap();
     assert_eq!(OpenChain::of(vec![image]).map().count(), 0);
 }

@@ -3,22 +3,20 @@
 use std::fs;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use tempfile::TempDir;
 
-use crate::support::merging::{Chain, bytes_of, layer_name, sizes, spec};
+use crate::support::merging::{Chain, bytes_of, layer_name, seeded, sizes, spec};
 use crate::support::qemu::{must, text};
 
 /// Merges at random places of random chains: `qemu-img check` is clean, and `compare` finds the model's bytes.
 #[test]
 fn qemu_reads_what_the_model_says() {
-    let mut runner = TestRunner::new_with_rng(Config { cases: 40, ..Config::default() }, seeded());
     let chains = (
         prop::collection::vec(spec(sizes(300 * 1024)), 1..=5),
         any::<prop::sample::Index>(),
         any::<prop::sample::Index>(),
     );
-    runner
+    seeded(40)
         .run(&chains, |(specs, at, count)| {
             let bottom = at.index(specs.len());
             let top = bottom + count.index(specs.len() - bottom);
@@ -43,10 +41,4 @@ fn qemu_reads_what_the_model_says() {
             Ok(())
         })
         .unwrap();
-}
-
-/// The same cases each time: what fails can be looked at again.
-fn seeded() -> proptest::test_runner::TestRng {
-    use proptest::test_runner::{RngAlgorithm, TestRng};
-    TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32])
 }

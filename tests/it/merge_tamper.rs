@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use qchain::backend::faulty::Faulty;
 use qchain::backend::memory::MemoryStore;
 use qchain::qcow2::check::{Limits, check};
 use qchain::qcow2::{CompressionType, Image};
 
 use crate::support::builder::{Cell, Format, Spec};
-use crate::support::merging::{Chain, Merged, bytes_of, sizes, spec};
+use crate::support::merging::{Chain, Merged, bytes_of, seeded, sizes, spec};
 
 const K64: u64 = 65_536;
 const COPIED: u64 = 1 << 63;
@@ -178,11 +177,10 @@ fn every_damaged_entry_is_noticed() {
 
 #[test]
 fn damage_to_random_merges_is_noticed() {
-    let mut runner = TestRunner::new(Config { cases: 40, ..Config::default() });
     let mut tally = Tally::default();
     let chains = (prop::collection::vec(spec(sizes(24 * 1024)), 1..=4), any::<prop::sample::Index>());
     let total = std::cell::RefCell::new(&mut tally);
-    runner
+    seeded(40)
         .run(&chains, |(specs, at)| {
             let bottom = at.index(specs.len());
             both_means(&specs, bottom, specs.len() - 1, &mut total.borrow_mut());
