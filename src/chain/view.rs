@@ -211,7 +211,7 @@ mod tests {
     }
 
     fn layer() -> impl Strategy<Value = Cells> {
-        (prop::collection::vec(0u8..4, 0..12), 0u64..16).prop_map(|(cells, cut)| {
+        (prop::collection::vec(0u8..4, 0..100), 0u64..16).prop_map(|(cells, cut)| {
             let size = (cells.len() as u64 * 16).saturating_sub(cut);
             Cells(cells, size)
         })
@@ -222,7 +222,7 @@ mod tests {
         fn a_view_is_what_each_byte_resolves_to(
             layers in prop::collection::vec(layer(), 1..5),
             from in 0u64..64,
-            length in 1u64..200,
+            length in 1u64..1600,
         ) {
             let to = GuestOffset(from + length);
             let end = layers[0].1.min(to.0);

@@ -73,7 +73,7 @@ fn both_means(specs: &[Spec], bottom: usize, top: usize) -> [Merged; 2] {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn a_merge_keeps_the_view(
         specs in prop::collection::vec(spec(sizes(200 * 1024)), 1..=5),
@@ -357,6 +357,29 @@ fn a_large_compressed_cluster_is_decompressed_for_many_small_ones_at_once() {
     assert!(count("read_at", "layer0") < 32, "{}", count("read_at", "layer0"));
     let tables = usize::try_from(merged.layout.metadata_bytes() / 512).unwrap();
     assert!(count("write_at", "result") < tables + 32, "{}", count("write_at", "result"));
+}
+
+#[test]
+fn what_can_move_whole_is_not_composed_and_what_a_disks_end_cuts_is() {
+    let format = Format { extended: true, ..Format::plain(16) };
+    let part = Cell::Subs(0x0000_00ff, 0xff00_0000);
+    let amounts = |specs: Vec<Spec>| {
+        let [merged, _] = both_means(&specs, specs.len() - 1, specs.len() - 1);
+        (merged.layout.moved_bytes(), merged.layout.composed_bytes())
+    };
+    let below = Spec::new(format, 4 * K64, 1).cell(0, Cell::Data).cell(2, Cell::Data);
+    let whole = Spec::new(format, 2 * K64, 2).cell(0, part.clone()).cell(1, Cell::Data);
+    assert_eq!(amounts(vec![below.clone(), whole]), (2 * K64, 0));
+    // It ends between two subclusters: what is behind may be old, and stays behind.
+    let cut = Spec::new(format, K64 + K64 / 2, 2).cell(0, part).cell(1, Cell::Data);
+    assert_eq!(amounts(vec![below.clone(), cut]), (K64, K64));
+    // Zeros and nothing need no bytes, even in a cluster that the end cuts.
+    for format in [format, Format::plain(16)] {
+        let zero = Spec::new(format, 2 * K64 + 512, 2).cell(0, Cell::Zero).cell(2, Cell::Zero);
+        assert_eq!(amounts(vec![below.clone(), zero]), (0, 0));
+        let none = Spec::new(format, 2 * K64 + 512, 2);
+        assert_eq!(amounts(vec![below.clone(), none]), (0, 0));
+    }
 }
 
 #[test]
