@@ -5,9 +5,9 @@ use crate::chain::delete::Merge;
 use crate::chain::graph::NodeId;
 use crate::cloudstack::backing::{At, NameMap};
 use crate::failure::Code;
-use crate::qcow2::ImageError;
 use crate::qcow2::layout::{Backing, ImageOptions, Layout};
 use crate::qcow2::write::clonable;
+use crate::qcow2::{Image, ImageError};
 use crate::store::Stores;
 use crate::store::chain::OpenChain;
 use crate::store::error::{Result, StoreError};
@@ -90,20 +90,24 @@ impl MergeInput {
         self.same_store.iter().map(|same| if *same { alignment } else { 0 }).collect()
     }
 
-    /// What writing the layout costs with those alignments.
+    /// What writing the layout costs with those alignments; none at all: everything is copied.
     #[must_use]
-    pub fn cost(layout: &Layout, clone_alignment: &[u64]) -> Cost {
+    pub fn cost(&self, layout: &Layout, clone_alignment: &[u64]) -> Cost {
+        let lengths: Vec<u64> = self.upper.images().map(Image::file_length).collect();
         let mut cost = Cost {
             data_bytes: layout.composed_bytes() + layout.compressed_bytes(),
             metadata_bytes: layout.metadata_bytes(),
             ..Cost::default()
         };
         for run in layout.moves() {
+            // What lies behind the end of a file is a hole, and costs nothing.
+            let end = lengths.get(run.source).copied().unwrap_or_default();
+            let bytes = run.length.min(end.saturating_sub(run.from));
             if clonable(&run, clone_alignment) {
-                cost.clone_bytes += run.length;
+                cost.clone_bytes += bytes;
                 cost.clone_runs += 1;
             } else {
-                cost.data_bytes += run.length;
+                cost.data_bytes += bytes;
                 cost.copy_runs += 1;
             }
         }

@@ -48,7 +48,7 @@ pub fn execute(context: &Context<'_>, guard: &Guard, entry: &Entry, input: &Merg
     let capabilities: Option<&Capabilities> =
         context.plan.capabilities.get(&key.store).filter(|_| entry.mode == Mode::Clone);
     let alignment = input.clone_alignment(capabilities);
-    if MergeInput::cost(&layout, &alignment) != entry.cost {
+    if input.cost(&layout, &alignment) != entry.cost {
         return Err(changed(stores, scan, merge));
     }
     let images: Vec<Image> = input.upper.images().cloned().collect();

@@ -185,7 +185,7 @@ fn plan_merge(
     let probed = capabilities.get(&store);
     let (mode, reason) = choose(stores, scan, request.mode, merge, probed)?;
     let alignment = input.clone_alignment(probed.filter(|_| mode == Mode::Clone));
-    let cost = MergeInput::cost(&layout, &alignment);
+    let cost = input.cost(&layout, &alignment);
     let reason = match mode {
         Mode::Clone => format!("{reason}; {} runs are cloned", cost.clone_runs),
         Mode::Copy | Mode::Remove => reason,

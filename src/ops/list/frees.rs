@@ -11,10 +11,9 @@ use crate::chain::graph::{NodeId, Tree};
 use crate::cloudstack::records::{Records, Row};
 use crate::ops::Result;
 use crate::progress::{Cancel, Progress};
-use crate::qcow2::layout::{Backing, ImageOptions, Layout};
-use crate::store::chain::OpenChain;
+use crate::store::Stores;
+use crate::store::merge::MergeInput;
 use crate::store::scan::Scan;
-use crate::store::{StoreError, Stores};
 
 /// What is known of one tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,17 +80,6 @@ fn allocated(scan: &Scan, id: NodeId) -> u64 {
 
 /// What the new file of a survivor will take.
 fn new_bytes(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<u64> {
-    let chain = OpenChain::of_member(stores, scan, merge.survivor)?;
-    let (upper, lower) = chain.split(merge.merged.len() + 1);
-    let survivor =
-        upper.images().next().ok_or_else(|| StoreError::Usage { detail: "no survivor".to_owned() })?;
-    let backing = merge.new_parent.map(|parent| Backing {
-        name: scan.graph.node(parent).key.path.file_name().as_bytes().to_vec(),
-        format: "qcow2".to_owned(),
-        virtual_size: lower.virtual_size(),
-    });
-    let options = ImageOptions::like(survivor.header(), backing);
-    let layout = Layout::plan(&options, &upper.source_facts(), upper.map())?;
-    let data = layout.moved_bytes() + layout.composed_bytes() + layout.compressed_bytes();
-    Ok(layout.metadata_bytes() + data)
+    let input = MergeInput::open(stores, scan, merge)?;
+    Ok(input.cost(&input.layout()?, &[]).file_bytes())
 }
