@@ -69,7 +69,7 @@ impl Failure for DeleteError {
     fn kind(&self) -> Kind {
         match self {
             Self::NoSuchNode(_) => Kind::NotFound,
-            Self::Cycle { .. } | Self::Incomplete { .. } => Kind::Refused,
+            Self::Cycle { .. } | Self::Incomplete { .. } => Kind::Corrupt,
         }
     }
 
@@ -228,7 +228,7 @@ mod tests {
         let broken =
             graph([Parent::Missing("gone".into()), node(0), node(1), Parent::None, node(5), node(4)]);
         let error = delete(&broken, &[1]).unwrap_err();
-        assert_eq!((error.kind(), error.code()), (Kind::Refused, Code::MissingParent));
+        assert_eq!((error.kind(), error.code()), (Kind::Corrupt, Code::MissingParent));
         assert_eq!(error.member(), Some("m00002"));
         // The tip of a broken chain is nobody's parent: it can go, and so can all of it.
         assert_eq!(delete(&broken, &[2]).unwrap().removals, ids(&[2]));

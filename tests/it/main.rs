@@ -4,6 +4,7 @@
 
 mod cli_read;
 mod conformance;
+mod delete_cli;
 mod delete_oracle;
 mod merge_model;
 mod merge_qemu;

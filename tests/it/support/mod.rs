@@ -8,3 +8,4 @@ pub mod mounts;
 pub mod qemu;
 pub mod raw_file;
 pub mod store;
+pub mod world;
