@@ -6,6 +6,7 @@ mod cli_read;
 mod conformance;
 mod delete_cli;
 mod delete_oracle;
+mod frozen;
 mod merge_model;
 mod merge_qemu;
 mod merge_tamper;
