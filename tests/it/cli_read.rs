@@ -9,6 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::support::digest::plain_digest;
 use super::support::qemu::{io, must, text};
 
 /// A store of CloudStack's layout, and a home for the caches.
@@ -100,25 +101,6 @@ fn listing(directory: &Path) -> BTreeMap<PathBuf, (u64, u64, i64, i64)> {
 
 fn names(values: &Value, key: &str) -> Vec<String> {
     values.as_array().unwrap().iter().map(|value| value[key].as_str().unwrap().to_owned()).collect()
-}
-
-/// The digest's definition, level by level, of a raw image.
-fn plain_digest(view: &[u8]) -> String {
-    let mut level: Vec<[u8; 32]> = view
-        .chunks(65536)
-        .map(|block| {
-            let mut block = block.to_vec();
-            block.resize(65536, 0);
-            *blake3::hash(&block).as_bytes()
-        })
-        .collect();
-    while level.len() > 1 {
-        level = level.chunks(256).map(|node| *blake3::hash(&node.concat()).as_bytes()).collect();
-    }
-    let top = level.first().copied().unwrap_or(*blake3::hash(&[]).as_bytes());
-    let mut bytes = top.to_vec();
-    bytes.extend((view.len() as u64).to_le_bytes());
-    blake3::hash(&bytes).to_hex().to_string()
 }
 
 #[test]

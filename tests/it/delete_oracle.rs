@@ -7,8 +7,9 @@ use qchain::backend::Means;
 use qchain::store::record::StoreKind;
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
+use super::support::digest::plain_digest;
 use super::support::mounts::{FsKind, LoopMount};
-use super::support::store::{backing, delete_well, files, init, mode_of, owner_and_mode};
+use super::support::store::{backing, delete_well, digests, files, init, mode_of, open, owner_and_mode};
 
 /// What to delete of a chain of four; the tip too.
 const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
@@ -92,6 +93,11 @@ fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], del
 
 fn check_survivors(store: &Path, truth: &Path, deleted: &[&str], before: &[(u32, u32, u32)], context: &str) {
     let survivors: Vec<&str> = NAMES[..4].iter().copied().filter(|name| !deleted.contains(name)).collect();
+    let truths: Vec<(String, String)> = survivors
+        .iter()
+        .map(|name| ((*name).to_owned(), plain_digest(&fs::read(truth.join(name)).unwrap())))
+        .collect();
+    assert_eq!(digests(&open(store), &survivors), truths, "{context}");
     for (index, name) in survivors.iter().enumerate() {
         let path = store.join(name);
         assert_true(&path, &truth.join(name), context);

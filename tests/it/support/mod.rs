@@ -2,6 +2,7 @@
 
 pub mod builder;
 pub mod chains;
+pub mod digest;
 pub mod images;
 pub mod merging;
 pub mod mounts;

@@ -12,6 +12,8 @@ use qchain::ids::StoreId;
 use qchain::ops::delete::{Context, ModeChoice, Report, Request, plan, run};
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
+use qchain::store::chain::OpenChain;
+use qchain::store::digest::view_digest;
 use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
 use qchain::store::scan::{Scan, ScanOptions};
 use qchain::store::{Store, StoreConfig, Stores, names};
@@ -120,4 +122,15 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
     }
     found.sort();
     found
+}
+
+/// The view digests of members, `(name, digest)`.
+pub fn digests(stores: &Stores, members: &[&str]) -> Vec<(String, String)> {
+    let scan = scan(stores);
+    let digest = |name: &&str| {
+        let id = names::resolve_one(stores, &scan, name).unwrap();
+        let chain = OpenChain::of_member(stores, &scan, id).unwrap();
+        ((*name).to_owned(), view_digest(&chain, &Silent, &Cancel::default()).unwrap().to_string())
+    };
+    members.iter().map(digest).collect()
 }
