@@ -5,6 +5,7 @@
 mod cli_read;
 mod conformance;
 mod delete_cli;
+mod delete_faults;
 mod delete_oracle;
 mod frozen;
 mod merge_model;

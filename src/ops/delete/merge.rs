@@ -109,11 +109,19 @@ fn prove_sealed(
         member: name.to_owned(),
         message: format!("the new file was thrown away: {message}"),
     };
-    let image = Image::open(sealed.clone(), name).map_err(|error| failed(with_causes(&error)))?;
+    let new_name = format!("the new file of {name}");
+    // What is wrong with the new file itself is a failed proof; what the store or the old chain fails with
+    // stays what it is.
+    let judged = |error: ImageError| match error {
+        ImageError::Store { .. } | ImageError::Cancelled { .. } => OpError::Image(error),
+        error if error.member() == Some(&new_name) => failed(with_causes(&error)),
+        error => OpError::Image(error),
+    };
+    let image = Image::open(sealed.clone(), &new_name).map_err(judged)?;
     if let Some(difference) = header_differs(layout, image.header()) {
         return Err(failed(format!("its header has another {difference}")));
     }
-    let report = check(&image, &Limits::default())?;
+    let report = check(&image, &Limits::default()).map_err(judged)?;
     if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete {
         let first = report.findings.first().map(|finding| finding.message.clone()).unwrap_or_default();
         return Err(failed(format!("its structure is not sound: {first}")));
@@ -124,7 +132,7 @@ fn prove_sealed(
     let equal = |ranges: &[Range]| first_difference(&old_view, &replacement, ranges);
     prove(layout, input.upper.map(), new.map(), input.lower.virtual_size(), equal).map_err(
         |error| match error {
-            ProofError::Read(error) => OpError::Image(error),
+            ProofError::Read(error) => judged(error),
             error => failed(error.to_string()),
         },
     )
