@@ -7,6 +7,7 @@ mod conformance;
 mod delete_cli;
 mod delete_faults;
 mod delete_oracle;
+mod delete_sequences;
 mod frozen;
 mod merge_model;
 mod merge_qemu;
