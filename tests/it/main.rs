@@ -8,6 +8,7 @@ mod delete_cli;
 mod delete_faults;
 mod delete_oracle;
 mod delete_sequences;
+mod delete_trees;
 mod frozen;
 mod merge_model;
 mod merge_qemu;

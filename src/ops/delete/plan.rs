@@ -106,9 +106,11 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
             None => trees.push((tree, vec![*target])),
         }
     }
+    // The survivors' stores are written; a child may lie on another store than what it loses.
+    let concerned = request.targets.iter().flat_map(|id| scan.graph.children(*id).iter().chain([id]));
     let mut capabilities = BTreeMap::new();
-    for target in &request.targets {
-        let index = scan.graph.node(*target).key.store;
+    for id in concerned {
+        let index = scan.graph.node(*id).key.store;
         if let std::collections::btree_map::Entry::Vacant(place) = capabilities.entry(index) {
             place.insert(probe(stores, index)?);
         }
