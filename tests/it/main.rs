@@ -6,6 +6,7 @@ mod cli_read;
 mod conformance;
 mod delete_cli;
 mod delete_faults;
+mod delete_identity;
 mod delete_oracle;
 mod delete_sequences;
 mod delete_trees;

@@ -3,6 +3,7 @@
 pub mod builder;
 pub mod chains;
 pub mod digest;
+pub mod forked;
 pub mod images;
 pub mod merging;
 pub mod mounts;
