@@ -5,6 +5,7 @@
 mod cli_read;
 mod conformance;
 mod delete_cli;
+mod delete_deep;
 mod delete_faults;
 mod delete_identity;
 mod delete_oracle;

@@ -9,5 +9,7 @@ pub mod merging;
 pub mod mounts;
 pub mod qemu;
 pub mod raw_file;
+pub mod reader;
 pub mod store;
 pub mod world;
+pub mod writer;
