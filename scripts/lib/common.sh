@@ -1,0 +1,155 @@
+# Sourced by the scripts beside it, never run. Gives:
+#   need COMMAND...               install the Debian packages of those commands that are missing
+#   need_rust [COMPONENT...]      cargo, a linker for it, and components of the toolchain
+#   loop_mount FS IMAGE SIZE DIR  make a file system in a sparse file and mount it
+#   can_loop_mount                whether that can work here
+#   scratch NAME                  set variable NAME to a fresh directory that goes away with this process
+#   quietly COMMAND...            run it; show what it said only if it fails
+# What was mounted and made is undone when the sourcing script ends, however it ends.
+
+# Where mkfs and losetup lie, which a plain `su` leaves out.
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+export LC_ALL=C.UTF-8
+
+die() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 1
+}
+
+# -- Cleaning up ------------------------------------------------------------------------------------------------------------
+
+UNDO_MOUNTS=()
+UNDO_FILES=()
+
+undo() {
+    local status=$? at
+    trap - EXIT
+    trap '' INT TERM HUP
+    for ((at = ${#UNDO_MOUNTS[@]} - 1; at >= 0; at--)); do
+        # A process that was just ended may hold its files a moment longer.
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            umount "${UNDO_MOUNTS[at]}" 2>/dev/null && continue 2
+            sleep 0.2
+        done
+        # Lazily: the loop device frees itself once its last user is gone.
+        umount --lazy "${UNDO_MOUNTS[at]}" 2>/dev/null || true
+    done
+    for ((at = ${#UNDO_FILES[@]} - 1; at >= 0; at--)); do
+        # Never across a mount that could not be taken down.
+        rm --recursive --force --one-file-system -- "${UNDO_FILES[at]}"
+    done
+    exit "$status"
+}
+
+trap undo EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+scratch() {
+    local -n place=$1
+    place=$(mktemp --directory --tmpdir qchain-XXXXXX)
+    UNDO_FILES+=("$place")
+}
+
+# -- What has to be installed -----------------------------------------------------------------------------------------------
+
+package_of() {
+    case $1 in
+        qemu-img | qemu-io | qemu-nbd) echo qemu-utils ;;
+        # In Debian 12; later releases, and backports to it, have it in qemu-utils, so that is installed first.
+        qemu-storage-daemon) echo qemu-system-common ;;
+        mkfs.xfs | xfs_io) echo xfsprogs ;;
+        mkfs.btrfs) echo btrfs-progs ;;
+        mkfs.ext4 | filefrag) echo e2fsprogs ;;
+        setfacl | getfacl) echo acl ;;
+        setfattr | getfattr) echo attr ;;
+        mount | umount) echo mount ;;
+        losetup | findmnt | flock | setpriv | fallocate) echo util-linux ;;
+        python3) echo python3 ;;
+        cc) echo gcc libc6-dev ;;
+        git) echo git ;;
+        *) die "no package is known for $1" ;;
+    esac
+}
+
+APT_UPDATED=
+
+install_packages() {
+    [[ $(id -u) == 0 ]] || die "missing packages: $*; install them, or run this as root"
+    command -v apt-get >/dev/null || die "missing, and there is no apt-get to install them: $*"
+    echo "installing $*" >&2
+    if [[ -z $APT_UPDATED ]]; then
+        quietly apt-get update
+        APT_UPDATED=1
+    fi
+    # What is there stays as it is: a newer QEMU from elsewhere is neither replaced nor removed.
+    DEBIAN_FRONTEND=noninteractive quietly apt-get install --yes --no-install-recommends --no-remove --no-upgrade "$@"
+}
+
+need() {
+    local command late=() packages=()
+    for command in "$@"; do
+        command -v "$command" >/dev/null && continue
+        if [[ $command == qemu-storage-daemon ]]; then
+            late+=("$command")
+            packages+=(qemu-utils)
+        else
+            # shellcheck disable=SC2207 # words without blanks
+            packages+=($(package_of "$command"))
+        fi
+    done
+    ((${#packages[@]} == 0)) || install_packages "${packages[@]}"
+    for command in "${late[@]}"; do
+        command -v "$command" >/dev/null || install_packages "$(package_of "$command")"
+    done
+    hash -r
+    for command in "$@"; do
+        command -v "$command" >/dev/null || die "$command is still missing; install it by hand"
+    done
+}
+
+need_rust() {
+    if ! command -v cargo >/dev/null && [[ -r ${CARGO_HOME:-${HOME:-/root}/.cargo}/env ]]; then
+        # shellcheck disable=SC1091
+        source "${CARGO_HOME:-${HOME:-/root}/.cargo}/env"
+    fi
+    command -v cargo >/dev/null || die "no cargo; install Rust with rustup first"
+    need cc
+    local component
+    for component in "$@"; do
+        # A toolchain without rustup has to bring them itself.
+        cargo "${component/rustfmt/fmt}" --version >/dev/null 2>&1 || quietly rustup component add "$component"
+    done
+}
+
+quietly() {
+    local said
+    if ! said=$("$@" 2>&1 </dev/null); then
+        printf '%s\n' "$said" >&2
+        die "failed: $*"
+    fi
+}
+
+# -- File systems -----------------------------------------------------------------------------------------------------------
+
+can_loop_mount() {
+    [[ $(id -u) == 0 ]] && losetup --find >/dev/null 2>&1
+}
+
+loop_mount() {
+    local fs=$1 image=$2 size=$3 directory=$4
+    rm --force "$image"
+    truncate --size "$size" "$image"
+    UNDO_FILES+=("$image")
+    case $fs in
+        xfs) quietly mkfs.xfs -q -m reflink=1 "$image" ;;
+        btrfs) quietly mkfs.btrfs -q "$image" ;;
+        ext4) quietly mkfs.ext4 -q -F "$image" ;;
+        *) die "unknown file system $fs" ;;
+    esac
+    mkdir --parents "$directory"
+    # `mount` sets the loop device to vanish with the mount.
+    quietly mount -o loop,noatime "$image" "$directory"
+    UNDO_MOUNTS+=("$directory")
+}
