@@ -140,6 +140,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         records: records.as_ref(),
         assume_deleted: args.assume_deleted,
         end_of_chain: args.end_of_chain,
+        dry_run: args.dry_run,
         force: args.force,
     };
     context.progress().phase("planning", 0);

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
+use super::output;
 use crate::ops::init::{deinit, init, own_directory};
 use crate::store::record::StoreKind;
 
@@ -57,20 +58,9 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let reports = init(&context.stores()?, kind)?;
     context.print(&Reports::of(&reports), |out| {
         for report in &reports {
-            let can = report.capabilities;
-            let word = |yes: bool| if yes { "yes" } else { "no" };
             let done = if report.changed { "opted in" } else { "was opted in already" };
             writeln!(out, "{}: {done}, kind {}", report.store, report.kind.word())?;
-            writeln!(
-                out,
-                "  clones {}, hard links {}, byte-range locks {}, exchange {}, direct I/O {}, network {}",
-                word(can.clone),
-                word(can.hard_links),
-                word(can.byte_range_locks),
-                word(can.rename_exchange),
-                word(can.direct_io),
-                word(can.network)
-            )?;
+            writeln!(out, "  {}", output::capabilities(&report.capabilities))?;
         }
         Ok(())
     })?;

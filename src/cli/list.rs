@@ -37,6 +37,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         let write = if args.tree { write_trees } else { write_table };
         write(out, &report)?;
         write_gains(out, &report)?;
+        write_stores(out, &report)?;
         output::findings(out, &report.findings)
     })?;
     Ok(Exit::DONE)
@@ -104,6 +105,18 @@ fn drawn(chain: &Chain) -> Vec<(String, &Entry)> {
         lines.push((lead, entry));
     }
     lines
+}
+
+fn write_stores(out: &mut dyn Write, report: &ListReport) -> io::Result<()> {
+    for store in &report.stores {
+        let kind = store.kind.word();
+        match (&store.capabilities, store.initialised) {
+            (Some(can), _) => writeln!(out, "{}: {kind}, {}", store.store, output::capabilities(can))?,
+            (None, true) => writeln!(out, "{}: {kind}", store.store)?,
+            (None, false) => writeln!(out, "{}: not opted in, looks like {kind}", store.store)?,
+        }
+    }
+    Ok(())
 }
 
 fn write_gains(out: &mut dyn Write, report: &ListReport) -> io::Result<()> {

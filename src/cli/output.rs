@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use serde::Serialize;
 
 use super::error::{CliError, Result};
+use crate::backend::Capabilities;
 use crate::failure::{Failure, with_causes};
 
 /// The version of all JSON documents.
@@ -85,6 +86,20 @@ pub fn human(bytes: u64) -> String {
         }
     }
     format!("{}.{} {unit}", rest / 10, rest % 10)
+}
+
+/// What a store can do, on one line.
+pub fn capabilities(can: &Capabilities) -> String {
+    let word = |yes: bool| if yes { "yes" } else { "no" };
+    format!(
+        "clones {}, hard links {}, byte-range locks {}, exchange {}, direct I/O {}, network {}",
+        word(can.clone),
+        word(can.hard_links),
+        word(can.byte_range_locks),
+        word(can.rename_exchange),
+        word(can.direct_io),
+        word(can.network)
+    )
 }
 
 /// A table: a head and rows of as many cells.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Capabilities;
 use crate::ids::StorePath;
 
 /// The version of `store.json`'s form.
@@ -63,6 +64,9 @@ pub struct StoreRecord {
     pub kind: StoreKind,
     /// All stores of the zone, this one among them.
     pub zone: Vec<ZoneStore>,
+    /// What the store could do when it was opted in last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capabilities: Option<Capabilities>,
 }
 
 impl StoreRecord {
@@ -102,6 +106,7 @@ mod tests {
             least_writer: 1,
             kind: StoreKind::Cloudstack,
             zone: Vec::new(),
+            capabilities: None,
         };
         assert_eq!(StoreRecord::decode(&record.encode()), Ok(record.clone()));
         let newer = String::from_utf8(record.encode()).unwrap().replacen('{', "{\"future\": [1],", 1);

@@ -90,8 +90,8 @@ impl Plan {
 }
 
 /// Plans the deletion. A tree that cannot be changed is refused by itself; fails only if nothing at all can be
-/// planned: with the first refusal if every tree has one. Reads headers and tables; writes only the probes of
-/// what a store can do, under `.qchain/tmp`.
+/// planned: with the first refusal if every tree has one. Reads headers and tables; except for a dry
+/// run it writes probes of what a store can do, under `.qchain/tmp`, and removes them.
 pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan> {
     stores.check_writable()?;
     if request.mode == ModeChoice::InPlace {
@@ -112,7 +112,7 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     for id in concerned {
         let index = scan.graph.node(*id).key.store;
         if let std::collections::btree_map::Entry::Vacant(place) = capabilities.entry(index) {
-            place.insert(probe(stores, index)?);
+            place.insert(probe(stores, index, request.dry_run)?);
         }
     }
     let mut trees: Vec<TreePlan> = trees
@@ -128,8 +128,14 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     Ok(Plan { trees, capabilities })
 }
 
-fn probe(stores: &Stores, index: usize) -> Result<Capabilities> {
+/// What a store can do: found out by trying, or for a dry run what was found when it was opted in.
+fn probe(stores: &Stores, index: usize, dry_run: bool) -> Result<Capabilities> {
     let store = stores.get(index)?;
+    if let Some(known) = store.record().and_then(|record| record.capabilities)
+        && dry_run
+    {
+        return Ok(known);
+    }
     let found = store.backend().probe(&own(&["tmp"]));
     found.map_err(|source| crate::store::StoreError::backend(store, source).into())
 }

@@ -27,6 +27,7 @@ pub enum ModeChoice {
 
 /// What is to be deleted, and what its caller vouches for.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a word of the caller's of its own")]
 pub struct Request<'a> {
     /// The members.
     pub targets: Vec<NodeId>,
@@ -38,6 +39,8 @@ pub struct Request<'a> {
     pub assume_deleted: bool,
     /// The caller vouches that the chain has been ended, so that its newest member may go.
     pub end_of_chain: bool,
+    /// Only a plan is wanted: what a store can do is taken from its `store.json` if that says it.
+    pub dry_run: bool,
     /// Leave a checkpoint file that cannot be edited as it is.
     pub force: bool,
 }

@@ -100,6 +100,7 @@ fn init_one(store: &Store, id: String, kind: StoreKind, zone: &[ZoneStore]) -> R
         least_writer: store.record().map_or(FORMAT, |record| record.least_writer),
         kind,
         zone: zone.to_vec(),
+        capabilities: Some(capabilities),
     };
     let path = own(&["store.json"]);
     let changed = store.record() != Some(&record);

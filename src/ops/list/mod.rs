@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use serde::Serialize;
 
+use crate::backend::Capabilities;
 use crate::chain::graph::{Graph, NodeId, Tree};
 use crate::cloudstack::paths::SNAPSHOTS;
 use crate::cloudstack::records::{Records, Row};
@@ -18,10 +19,25 @@ use crate::store::scan::{Finding, Incoming, Member, Scan};
 /// All chains that were asked for.
 #[derive(Clone, Debug, Serialize)]
 pub struct ListReport {
+    /// The stores that were looked at.
+    pub stores: Vec<StoreEntry>,
     /// The chains.
     pub chains: Vec<Chain>,
     /// What is worth telling about them.
     pub findings: Vec<Finding>,
+}
+
+/// One store.
+#[derive(Clone, Debug, Serialize)]
+pub struct StoreEntry {
+    /// Its id on the command line.
+    pub store: String,
+    /// `cloudstack` or `plain`; guessed if it was not opted in.
+    pub kind: StoreKind,
+    /// Whether it was opted in.
+    pub initialised: bool,
+    /// What it could do when it was opted in last.
+    pub capabilities: Option<Capabilities>,
 }
 
 /// One tree of members.
@@ -111,7 +127,13 @@ pub fn list(
             chains.iter().flat_map(|chain| &chain.members).map(|entry| entry.member.as_str()).collect();
         findings.retain(|finding| shown.contains(finding.member.as_str()));
     }
-    Ok(ListReport { chains, findings })
+    let stores = stores.iter().map(|(_, store)| StoreEntry {
+        store: store.id().to_string(),
+        kind: store.kind(),
+        initialised: store.record().is_some(),
+        capabilities: store.record().and_then(|record| record.capabilities),
+    });
+    Ok(ListReport { stores: stores.collect(), chains, findings })
 }
 
 /// Whether a tree is more than templates or volumes that stand alone.

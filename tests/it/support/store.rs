@@ -28,7 +28,7 @@ pub fn init(root: &Path, kind: StoreKind) {
     }
     let id = format!("test-{}", root.display());
     let zone = vec![ZoneStore { id: id.clone(), name: "test".to_owned() }];
-    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone };
+    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone, capabilities: None };
     fs::write(root.join(".qchain/store.json"), record.encode()).unwrap();
 }
 
