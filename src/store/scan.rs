@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 use serde::ser::SerializeStruct as _;
 
-use crate::backend::{ImageLocks, Stat};
+use crate::backend::{BackendError, ImageLocks, Stat};
 use crate::chain::graph::{Graph, Key, NodeId};
 use crate::cloudstack::backing::Form;
 use crate::cloudstack::paths::checkpoint_of;
@@ -145,7 +145,7 @@ impl Scan {
         }
         options.progress.phase("reading headers", found.len() as u64);
         let checkpoints = Checkpoints::read(stores)?;
-        let read: Vec<(Member, Option<Finding>)> = found
+        let read: Vec<Option<(Member, Option<Finding>)>> = found
             .into_par_iter()
             .map(|(key, stat)| {
                 let member = read_one(stores, key, stat, options, &checkpoints);
@@ -154,7 +154,7 @@ impl Scan {
             })
             .collect::<Result<_>>()?;
         let mut members = Vec::with_capacity(read.len());
-        for (member, finding) in read {
+        for (member, finding) in read.into_iter().flatten() {
             findings.extend(finding);
             // A plain store may hold anything; only images are its business.
             let foreign = stores.get(member.key.store)?.kind() == StoreKind::Plain;
@@ -188,14 +188,14 @@ impl Checkpoints {
     }
 }
 
-/// Reads what there is to read of one member, from the cache where it can be.
+/// Reads what there is to read of one member, from the cache where it can be; `None` if it is gone.
 fn read_one(
     stores: &Stores,
     key: Key,
     stat: Stat,
     options: &ScanOptions<'_>,
     checkpoints: &Checkpoints,
-) -> Result<(Member, Option<Finding>)> {
+) -> Result<Option<(Member, Option<Finding>)>> {
     let store = stores.get(key.store)?;
     let cache = options.caches.get(key.store);
     let stamp = Stamp::from(&stat);
@@ -211,6 +211,9 @@ fn read_one(
                 }
                 (opened.reading, opened.locks)
             }
+            // Removed since the directory was read: as if it had not been there. Taken for unreadable, it would
+            // be taken for a possible child of its neighbours.
+            Err(BackendError::NotFound { .. }) => return Ok(None),
             Err(error) => {
                 let message = with_causes(&error);
                 finding =
@@ -228,7 +231,7 @@ fn read_one(
     let temporary = crate::cloudstack::paths::name_kind(key.path.file_name())
         == crate::cloudstack::paths::NameKind::Temporary;
     let member = Member { key, stat, reading, form: None, checkpoint, locks, temporary, incoming: None };
-    Ok((member, finding))
+    Ok(Some((member, finding)))
 }
 
 fn checkpoint_facts(
@@ -241,7 +244,7 @@ fn checkpoint_facts(
     let fail = |source| StoreError::backend(store, source);
     let stamp = match (cache, store.backend().stat(&path)) {
         (Some(_), Ok(stat)) => Some(Stamp::from(&stat)),
-        (_, Err(crate::backend::BackendError::NotFound { .. })) => return Ok(CheckpointFacts::None),
+        (_, Err(BackendError::NotFound { .. })) => return Ok(CheckpointFacts::None),
         (_, Err(error)) => return Err(fail(error)),
         (None, Ok(_)) => None,
     };

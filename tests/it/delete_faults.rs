@@ -161,6 +161,28 @@ fn every_call_fails_once() {
     }
 }
 
+/// Another tree of the same call, or CloudStack, removes a file between the look at the directory and at it.
+#[test]
+fn a_member_that_goes_while_it_is_looked_at_was_never_there() {
+    let folder = tempfile::tempdir().unwrap();
+    chain(folder.path(), Kind::PLAIN, 3);
+    let memory = in_memory(&folder.path().join("store"));
+    let quiet = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+    let stores = open_with(Path::new("/nowhere"), Arc::new(quiet.clone()));
+    let from = quiet.calls();
+    assert_eq!(scan(&stores).members.len(), 4);
+    let scanned = &quiet.trace()[usize::try_from(from).unwrap()..];
+    let first_open = (from..).zip(scanned).find(|(_, call)| call.name == "open").unwrap().0;
+    let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+    let stores = open_with(Path::new("/nowhere"), Arc::new(faulty.clone()));
+    assert_eq!(faulty.calls(), from);
+    faulty.before(first_open, move || memory.remove_file(&path("c")).unwrap());
+    let scan = scan(&stores);
+    let found: Vec<&str> = scan.members.iter().map(|member| member.key.path.as_str()).collect();
+    assert_eq!(found, ["a", "b", "base"]);
+    assert!(scan.findings.is_empty(), "{:?}", scan.findings);
+}
+
 /// How an entry of a table is damaged on its way to the store.
 #[derive(Clone, Copy, Debug)]
 enum Tamper {
