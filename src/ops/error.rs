@@ -103,6 +103,7 @@ fn refusal_kind(code: Code) -> Kind {
         | Code::Cycle
         | Code::OutsideName
         | Code::AmbiguousParent => Kind::Corrupt,
+        Code::NoSpace => Kind::NoSpace,
         Code::Io => Kind::Io,
         Code::Cancelled => Kind::Cancelled,
         _ => Kind::Refused,

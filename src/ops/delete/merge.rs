@@ -194,11 +194,6 @@ fn changed(stores: &Stores, scan: &Scan, merge: &Merge) -> OpError {
 }
 
 fn change_error(stores: &Stores, scan: &Scan, merge: &Merge, error: &crate::change::ChangeError) -> OpError {
-    if error.code() == Code::NoSpace {
-        let store = scan.graph.node(merge.survivor).key.store;
-        let store = stores.get(store).map(|store| store.backend().describe()).unwrap_or_default();
-        return OpError::NoSpace { store, free_bytes: 0, needed_bytes: 0 };
-    }
     OpError::Refused {
         code: error.code(),
         member: stores.display(&scan.graph.node(merge.survivor).key),
