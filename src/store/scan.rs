@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 use serde::ser::SerializeStruct as _;
 
-use crate::backend::{BackendError, ImageLocks, Stat};
+use crate::backend::{BackendError, FileKind, ImageLocks, Stat};
 use crate::chain::graph::{Graph, Key, NodeId};
 use crate::cloudstack::backing::Form;
 use crate::cloudstack::paths::checkpoint_of;
@@ -26,6 +26,9 @@ use crate::store::{Store, Stores};
 /// A cached member that changed at least this long ago is not opened again to look for QEMU's locks: a
 /// backup job writes all the time. Nanoseconds; one day.
 const LOCKS_OF_OLD_FILES_NS: i128 = 86_400_000_000_000;
+
+/// How many files are read at once, at most.
+const READERS: usize = 64;
 
 /// Something worth telling about a member or a name on a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,22 +143,30 @@ impl Scan {
     pub fn run(stores: &Stores, options: &ScanOptions<'_>) -> Result<Self> {
         let mut findings = Vec::new();
         let mut found = Vec::new();
-        for (index, store) in stores.iter() {
-            list::members(stores, index, store, &mut found, &mut findings)?;
-        }
+        let (listed, checkpoints) = rayon::join(
+            || {
+                stores.iter().try_for_each(|(index, store)| {
+                    list::members(stores, index, store, &mut found, &mut findings)
+                })
+            },
+            || Checkpoints::read(stores),
+        );
+        listed?;
+        let checkpoints = checkpoints?;
         options.progress.phase("reading headers", found.len() as u64);
-        let checkpoints = Checkpoints::read(stores)?;
-        let read: Vec<Option<(Member, Option<Finding>)>> = found
-            .into_par_iter()
-            .map(|(key, stat)| {
-                let member = read_one(stores, key, stat, options, &checkpoints);
-                options.progress.advance(1);
-                member
-            })
-            .collect::<Result<_>>()?;
+        let look = |key: Key| {
+            let member = read_one(stores, key, options, &checkpoints);
+            options.progress.advance(1);
+            member
+        };
+        // Reading small files is waiting, for disks or for a server: many at once, whatever the cores.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(found.len().clamp(1, READERS)).build();
+        let pool = pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })?;
+        let read: Vec<Option<(Member, Vec<Finding>)>> =
+            pool.install(|| found.into_par_iter().with_max_len(4).map(look).collect::<Result<_>>())?;
         let mut members = Vec::with_capacity(read.len());
-        for (member, finding) in read.into_iter().flatten() {
-            findings.extend(finding);
+        for (member, told) in read.into_iter().flatten() {
+            findings.extend(told);
             // A plain store may hold anything; only images are its business.
             let foreign = stores.get(member.key.store)?.kind() == StoreKind::Plain;
             if !(foreign && member.reading == Reading::NotQcow2) {
@@ -192,14 +203,25 @@ impl Checkpoints {
 fn read_one(
     stores: &Stores,
     key: Key,
-    stat: Stat,
     options: &ScanOptions<'_>,
     checkpoints: &Checkpoints,
-) -> Result<Option<(Member, Option<Finding>)>> {
+) -> Result<Option<(Member, Vec<Finding>)>> {
     let store = stores.get(key.store)?;
+    let mut told = Vec::new();
+    let mut tell = |code, message: String| {
+        told.push(Finding { member: stores.display(&key), code, message });
+    };
+    let stat = match store.backend().stat(&key.path) {
+        Ok(stat) if stat.kind == FileKind::File => stat,
+        // Removed or replaced since the directory was read: as if it had not been there.
+        Ok(_) | Err(BackendError::NotFound { .. }) => return Ok(None),
+        Err(source) => return Err(StoreError::backend(store, source)),
+    };
+    if stat.links > 1 {
+        tell(Code::HardLinked, "the file has more than one name".to_owned());
+    }
     let cache = options.caches.get(key.store);
     let stamp = Stamp::from(&stat);
-    let mut finding = None;
     let known = cache.and_then(|cache| cache.get(&stamp));
     let old = stat.modified_ns + LOCKS_OF_OLD_FILES_NS < options.now_ns;
     let (reading, locks) = match known {
@@ -211,13 +233,11 @@ fn read_one(
                 }
                 (opened.reading, opened.locks)
             }
-            // Removed since the directory was read: as if it had not been there. Taken for unreadable, it would
-            // be taken for a possible child of its neighbours.
+            // Taken for unreadable, it would be taken for a possible child of its neighbours.
             Err(BackendError::NotFound { .. }) => return Ok(None),
             Err(error) => {
                 let message = with_causes(&error);
-                finding =
-                    Some(Finding { member: stores.display(&key), code: Code::Io, message: message.clone() });
+                tell(Code::Io, message.clone());
                 let reading = Reading::Bad { code: Code::Io.as_str().to_owned(), message };
                 (reading, ImageLocks::default())
             }
@@ -231,7 +251,7 @@ fn read_one(
     let temporary = crate::cloudstack::paths::name_kind(key.path.file_name())
         == crate::cloudstack::paths::NameKind::Temporary;
     let member = Member { key, stat, reading, form: None, checkpoint, locks, temporary, incoming: None };
-    Ok(Some((member, finding)))
+    Ok(Some((member, told)))
 }
 
 fn checkpoint_facts(

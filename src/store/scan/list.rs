@@ -1,6 +1,6 @@
 //! Which files of a store are looked at.
 
-use crate::backend::{BackendError, FileKind, Stat, WalkEntry};
+use crate::backend::{BackendError, FileKind, WalkEntry};
 use crate::chain::graph::Key;
 use crate::cloudstack::paths::{NameKind, name_kind};
 use crate::failure::Code;
@@ -15,12 +15,12 @@ const AREAS: &[(&str, usize)] = &[("snapshots", 3), ("template/tmpl", 3), ("volu
 /// How deep a plain store is looked through.
 const PLAIN_DEPTH: usize = 16;
 
-/// Appends the store's candidates, with their facts, in the order of their paths.
+/// Appends the store's candidates, in the order of their paths.
 pub fn members(
     stores: &Stores,
     index: usize,
     store: &Store,
-    found: &mut Vec<(Key, Stat)>,
+    found: &mut Vec<Key>,
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let plain = [("", PLAIN_DEPTH)];
@@ -58,17 +58,7 @@ pub fn members(
             if store.kind() == StoreKind::Cloudstack && !wanted(area, path.file_name()) {
                 continue;
             }
-            match store.backend().stat(&path) {
-                Ok(stat) if stat.kind == FileKind::File => {
-                    if stat.links > 1 {
-                        tell(path.as_str(), Code::HardLinked, "the file has more than one name");
-                    }
-                    found.push((Key { store: index, path }, stat));
-                }
-                // Removed or replaced since the directory was read: as if it had not been there.
-                Ok(_) | Err(BackendError::NotFound { .. }) => {}
-                Err(source) => return Err(StoreError::backend(store, source)),
-            }
+            found.push(Key { store: index, path });
         }
     }
     Ok(())
