@@ -14,6 +14,7 @@ from bench_common import describe, drop_caches, machine, measured, save
 
 # Members of a chain, CloudStack's default of snapshot.delta.max; volumes of an account.
 CHAIN, VOLUMES = 16, 25
+DAY = 86_400
 
 CHECKPOINT = """<domaincheckpoint>
   <name>{name}</name>
@@ -54,6 +55,7 @@ def pattern_of(mount):
 
 def make(store, members, images, offset):
     numbers = random.Random(1)
+    now = time.time()
     made = 0
     volume = 0
     while made < members:
@@ -62,13 +64,17 @@ def make(store, members, images, offset):
         for kind in ("snapshots", "checkpoints"):
             os.makedirs(os.path.join(store, kind, place))
         parent = None
-        for _ in range(min(CHAIN, members - made)):
+        for at in range(min(CHAIN, members - made)):
             name = str(uuid.UUID(int=numbers.getrandbits(128), version=4))
             image = bytearray(images[1 if parent else 0])
             if parent:
                 image[offset : offset + len(parent)] = parent.encode()
-            with open(os.path.join(store, "snapshots", place, name), "wb") as file:
+            path = os.path.join(store, "snapshots", place, name)
+            with open(path, "wb") as file:
                 file.write(image)
+            # One a day, the newest of each volume a day old: most files of a store are not of today.
+            age = DAY * (CHAIN - at)
+            os.utime(path, (now - age, now - age))
             element = f"  <parent>\n    <name>{parent}</name>\n  </parent>\n" if parent else ""
             with open(os.path.join(store, "checkpoints", place, name), "w") as file:
                 file.write(CHECKPOINT.format(name=name, parent=element, created=1_700_000_000 + made, volume=volume))
