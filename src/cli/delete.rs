@@ -162,7 +162,10 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     };
     let report = delete::run(&work, &guard)?;
     context.print(&shown.document(&report), |out| {
-        shown.write_plan(out)?;
+        // Whoever was asked has seen it.
+        if args.yes {
+            shown.write_plan(out)?;
+        }
         shown.write_results(out, &report)
     })?;
     Ok(exit(report.first_failure()))
