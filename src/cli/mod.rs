@@ -2,7 +2,7 @@
 //!
 //! Owns: the command line, the configuration, who is asked before a change, how reports look. Does not own:
 //! what a verb does. A command is one module: a struct `Args` for clap and
-//! `run(&Context, &Args) -> Result<Exit>`; it gets its line in [`Command`] and in [`dispatch`].
+//! `run(&Context, &Args) -> Result<Exit>`; it gets its line in `Command` and in `dispatch`.
 //!
 //! With `--json` standard output is one JSON document and nothing else, a failure too. Progress and logs go
 //! to standard error.

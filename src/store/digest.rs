@@ -2,7 +2,7 @@
 //!
 //! The map is cut into pieces of work along its data; what is known to be zero costs nothing. Work is read and
 //! hashed on all processors, a batch at a time; leaves are taken in order. Memory: one buffer of
-//! [`PIECE_BYTES`] a thread, and the runs and leaves of a batch.
+//! `PIECE_BYTES` a thread, and the runs and leaves of a batch.
 
 use rayon::prelude::*;
 
