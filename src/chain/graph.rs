@@ -302,6 +302,24 @@ impl Graph {
         &self.children[id.0]
     }
 
+    /// Members that might be children of `id` without its being known: ones in the same directory that cannot
+    /// be read, and ones whose backing name leads nowhere but ends in the file name of `id`.
+    pub fn possible_children(&self, id: NodeId) -> impl Iterator<Item = NodeId> {
+        let key = &self.node(id).key;
+        let directory = key.path.parent();
+        self.ids().filter(move |other| {
+            let node = self.node(*other);
+            let suspect = match &node.parent {
+                Parent::Unreadable => node.key.path.parent() == directory,
+                Parent::Missing(name) | Parent::Outside(name) | Parent::Ambiguous(name) => {
+                    name.rsplit('/').next() == Some(key.path.file_name())
+                }
+                Parent::None | Parent::Node(_) => false,
+            };
+            suspect && *other != id
+        })
+    }
+
     /// Whether nobody names it as backing file.
     #[must_use]
     pub fn is_tip(&self, id: NodeId) -> bool {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use crate::chain::delete::Departure;
-use crate::chain::graph::{NodeId, Parent};
+use crate::chain::graph::NodeId;
 use crate::change::{Guard, checkpoint};
 use crate::failure::{Code, Failure};
 use crate::ops::delete::context::Context;
@@ -172,20 +172,14 @@ fn remove(context: &Context<'_>, guard: &Guard, fresh: &Scan, id: NodeId) -> Res
 
 /// A member that is not itself on its way out and reads, or may read, through `id`.
 fn reader(context: &Context<'_>, fresh: &Scan, id: NodeId) -> Option<String> {
-    let key = &fresh.graph.node(id).key;
     let leaving = |child: NodeId| {
         let child = context.scan.graph.find(&fresh.graph.node(child).key);
         child.is_some_and(|child| {
             context.plan.trees.iter().any(|tree| tree.departures.iter().any(|gone| gone.member == child))
         })
     };
-    let directory = key.path.parent();
-    let suspect = |other: &NodeId| {
-        let node = fresh.graph.node(*other);
-        node.parent == Parent::Unreadable && node.key.path.parent() == directory && *other != id
-    };
     let children = fresh.graph.children(id).iter().copied().filter(|child| !leaving(*child));
-    let found = children.chain(fresh.graph.ids().filter(suspect)).next();
+    let found = children.chain(fresh.graph.possible_children(id)).next();
     found.map(|child| context.stores.display(&fresh.graph.node(child).key))
 }
 

@@ -177,32 +177,16 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Members in the same directory that might be children without its being known: unreadable ones, and
-    /// ones whose backing name leads nowhere but ends in this member's file name.
+    /// Refuses if somebody might be its child without its being known.
     fn hidden_children(&self, id: NodeId, member: &Member) -> Result<()> {
-        let directory = member.key.path.parent();
-        for other in self.scan.graph.ids() {
-            let node = self.scan.graph.node(other);
-            let suspect = match &node.parent {
-                Parent::Unreadable => node.key.path.parent() == directory,
-                Parent::Missing(name) | Parent::Outside(name) | Parent::Ambiguous(name) => {
-                    name.rsplit('/').next() == Some(member.key.path.file_name())
-                }
-                Parent::None | Parent::Node(_) => false,
-            };
-            if suspect && other != id {
-                let (code, why) = match node.parent {
-                    Parent::Unreadable => (Code::BadHeader, "cannot be read"),
-                    _ => {
-                        (Code::MissingParent, "has a backing name that leads nowhere but ends like its name")
-                    }
-                };
-                let child = self.stores.display(&node.key);
-                let message = format!("{child} {why}, so it may be a child");
-                return Err(self.refuse(member, code, message));
-            }
-        }
-        Ok(())
+        let Some(other) = self.scan.graph.possible_children(id).next() else { return Ok(()) };
+        let node = self.scan.graph.node(other);
+        let (code, why) = match node.parent {
+            Parent::Unreadable => (Code::BadHeader, "cannot be read"),
+            _ => (Code::MissingParent, "has a backing name that leads nowhere but ends like its name"),
+        };
+        let message = format!("{} {why}, so it may be a child", self.stores.display(&node.key));
+        Err(self.refuse(member, code, message))
     }
 }
 
