@@ -1,103 +1,13 @@
 //! The reading verbs of the real program, over stores that QEMU made: documents, exit codes, bad input.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::Value;
-use tempfile::TempDir;
 
 use super::support::digest::plain_digest;
-use super::support::qemu::{io, must, text};
-
-/// A store of CloudStack's layout, and a home for the caches.
-struct World {
-    directory: TempDir,
-}
-
-impl World {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir_all(directory.path().join("s1/snapshots/2/7")).unwrap();
-        Self { directory }
-    }
-
-    fn root(&self) -> PathBuf {
-        self.directory.path().join("s1")
-    }
-
-    fn member(&self, name: &str) -> PathBuf {
-        self.root().join("snapshots/2/7").join(name)
-    }
-
-    /// Makes a member of 10 MiB over `backing`, and runs commands of qemu-io on it.
-    fn make(&self, name: &str, backing: &str, commands: &[&str]) {
-        let path = self.member(name);
-        let mut arguments = vec!["create", "-q", "-f", "qcow2"];
-        if !backing.is_empty() {
-            arguments.extend(["-u", "-F", "qcow2", "-b", backing]);
-        }
-        arguments.extend([text(&path), "10M"]);
-        must("qemu-img", &arguments);
-        if !commands.is_empty() {
-            io(&path, commands);
-        }
-    }
-
-    /// a <- b <- {c, d}
-    fn forked() -> Self {
-        let world = Self::new();
-        world.make("a", "", &["write -P 1 0 3M"]);
-        world.make("b", "a", &["write -P 2 1M 128k", "write -z 2M 64k"]);
-        world.make("c", "b", &["write -P 3 5M 128k", "write -c -P 4 6M 64k"]);
-        world.make("d", "b", &[]);
-        world
-    }
-
-    /// Runs the program with `--json` on the store; its exit code and the document.
-    fn run(&self, arguments: &[&str]) -> (i32, Value) {
-        self.run_on(text(&self.root()), arguments)
-    }
-
-    fn run_on(&self, store: &str, arguments: &[&str]) -> (i32, Value) {
-        let output = Command::new(env!("CARGO_BIN_EXE_qchain"))
-            .args(["--json", "--store", store])
-            .args(arguments)
-            .env("XDG_CACHE_HOME", self.directory.path().join("caches"))
-            .env_remove("QCHAIN_STORE")
-            .env_remove("QCHAIN_CONFIG")
-            .output()
-            .unwrap();
-        let document: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|error| panic!("{arguments:?}: {error}: {output:?}"));
-        assert_eq!(document["schema"], 1, "{arguments:?}");
-        (output.status.code().unwrap(), document)
-    }
-
-    /// Runs what must fail; the exit code, and `code` of the error.
-    fn fails(&self, arguments: &[&str]) -> (i32, String) {
-        let (exit, document) = self.run(arguments);
-        let error = &document["error"];
-        assert!(error["kind"].is_string() && error["message"].is_string(), "{arguments:?}: {document}");
-        (exit, error["code"].as_str().unwrap().to_owned())
-    }
-}
-
-/// Everything below a directory with all that a write would change.
-fn listing(directory: &Path) -> BTreeMap<PathBuf, (u64, u64, i64, i64)> {
-    let mut found = BTreeMap::new();
-    let mut waiting = vec![directory.to_owned()];
-    while let Some(path) = waiting.pop() {
-        let data = fs::symlink_metadata(&path).unwrap();
-        if data.is_dir() {
-            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-        }
-        found.insert(path, (data.ino(), data.len(), data.ctime(), data.ctime_nsec()));
-    }
-    found
-}
+use super::support::qemu::{must, text};
+use super::support::world::{World, listing};
 
 fn names(values: &Value, key: &str) -> Vec<String> {
     values.as_array().unwrap().iter().map(|value| value[key].as_str().unwrap().to_owned()).collect()

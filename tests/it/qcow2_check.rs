@@ -10,8 +10,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::images::{build, combinations, pattern};
+use crate::support::open::open_image;
 use crate::support::qemu::{io, must, run, text};
-use crate::support::raw_file::open_image;
 
 const K64: u64 = 65_536;
 

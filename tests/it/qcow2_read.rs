@@ -8,8 +8,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::images::{build, combinations, pattern};
+use crate::support::open::open_image;
 use crate::support::qemu::{io, must, text};
-use crate::support::raw_file::open_image;
 
 /// A run as both sides can say it. Compressed clusters are joined: qemu-img does not part them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
