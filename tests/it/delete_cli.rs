@@ -1,6 +1,7 @@
 //! `qchain delete` as it is called: documents, exit codes, what is refused, and that a refusal changes nothing.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -82,6 +83,16 @@ fn a_middle_member_with_two_children_goes_into_both() {
     let (exit, planned) = world.run(&dry);
     assert_eq!((exit, planned["results"].as_array().map(Vec::len)), (0, Some(0)), "{planned}");
     assert_eq!(listing(&world.root().join("snapshots")), before);
+    // What b takes comes back with its first child; each child's old file against its new one.
+    let takes = |name: &str| fs::metadata(world.member(name)).unwrap().blocks() * 512;
+    let entries = planned["plan"].as_array().unwrap();
+    for (entry, before) in entries.iter().zip([takes("b") + takes("c"), takes("d")]) {
+        let frees = before.saturating_sub(entry["bytes_to_write"].as_u64().unwrap());
+        assert_eq!(entry["bytes_to_free"], frees, "{entry}");
+        assert_eq!(entry["bytes_needed"], entry["bytes_to_write"], "{entry}");
+        assert_eq!(entry["members"], serde_json::json!(["snapshots/2/7/b"]), "{entry}");
+    }
+    assert!(entries[0]["bytes_to_free"].as_u64() > Some(0), "{planned}");
     let (exit, done) = world.run(&["delete", "b", "--assume-deleted", "--now", "--yes"]);
     assert_eq!(exit, 0, "{done}");
     assert_eq!(done["plan"], planned["plan"], "the run uses the plan that was shown");
@@ -109,7 +120,8 @@ fn a_middle_member_with_two_children_goes_into_both() {
 #[test]
 fn what_is_not_given_up_stays() {
     let world = World::opted_in();
-    world.refuses(&["b"], 3, "not-deletable");
+    let message = world.refuses(&["b"], 3, "not-deletable");
+    assert!(message.starts_with("snapshots/2/7/b: "), "{message}");
     let records = world.records(&[("b", "Ready"), ("a", "Hidden")]);
     let message = world.refuses(&["b", "--records", &records], 3, "not-deletable");
     assert!(message.contains("Ready"), "{message}");

@@ -4,12 +4,17 @@ use std::fs;
 use std::path::Path;
 
 use qchain::backend::Means;
+use qchain::failure::{Code, Failure as _, Kind as Failed};
+use qchain::ops::OpError;
+use qchain::ops::delete::{Mode, ModeChoice};
 use qchain::store::record::StoreKind;
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
 use super::support::digest::plain_digest;
 use super::support::mounts::{FsKind, LoopMount};
-use super::support::store::{backing, delete_well, digests, files, init, mode_of, open, owner_and_mode};
+use super::support::store::{
+    backing, delete, delete_well, digests, files, init, mode_of, open, owner_and_mode,
+};
 
 /// What to delete of a chain of four; the tip too.
 const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
@@ -164,8 +169,57 @@ fn what_lies_past_a_members_end_stays_zero() {
         assert!(bytes[..65_536].iter().all(|byte| *byte == 0x11));
     };
     zeros_past_the_end(&truth.join("b"));
-    delete_well(&store, &["a"], qchain::ops::delete::ModeChoice::Copy);
+    delete_well(&store, &["a"], ModeChoice::Copy);
     assert_true(&store.join("b"), &truth.join("b"), "after A went");
     super::support::chains::write_truth(&store.join("b"), &truth.join("after"));
     zeros_past_the_end(&truth.join("after"));
+}
+
+#[test]
+fn the_cheapest_mode_that_works_is_taken_and_an_impossible_one_refused() {
+    for (fs, mode, word) in [(FsKind::Xfs, Mode::Clone, "clone"), (FsKind::Ext4, Mode::Copy, "copy")] {
+        let mount = LoopMount::new(fs, 1 << 30);
+        let (store, truth) = folders(&mount.path(), "store");
+        let specs: Vec<Spec> = (0..4).map(|_| Kind::PLAIN.member(2 << 20, 10, &mut Numbers(5))).collect();
+        build(&store, &truth, &specs);
+        init(&store, StoreKind::Plain);
+        if mode == Mode::Copy {
+            let refused = delete(&open(&store), &["a"], ModeChoice::Clone).unwrap_err();
+            assert_eq!((refused.kind(), refused.code()), (Failed::Refused, Code::ModeImpossible));
+        }
+        let report = delete_well(&store, &["a"], ModeChoice::Auto);
+        assert_eq!(report.outcomes[0].mode, Some(mode));
+        assert_eq!(mode.word(), word);
+        let removed = delete_well(&store, &["c"], ModeChoice::Auto);
+        assert_eq!(removed.outcomes[0].mode.map(Mode::word), Some("remove"));
+        assert_true(&store.join("b"), &truth.join("b"), word);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_bytes_needed() {
+    let mount = LoopMount::new(FsKind::Ext4, 256 << 20);
+    let (store, truth) = folders(&mount.path(), "store");
+    let member = |megabytes: u64| Spec {
+        options: String::new(),
+        size: 64 << 20,
+        commands: vec![format!("write -P 7 0 {megabytes}M")],
+    };
+    build(&store, &truth, &[member(1), member(40), member(2)]);
+    init(&store, StoreKind::Plain);
+    let space = open(&store).get(0).unwrap().backend().space().unwrap();
+    fs::write(mount.path().join("full"), vec![1; usize::try_from(space.free_bytes - (20 << 20)).unwrap()])
+        .unwrap();
+    let before = files(&store);
+    match delete(&open(&store), &["a"], ModeChoice::Copy).unwrap_err() {
+        OpError::NoSpace { free_bytes, needed_bytes, .. } => {
+            assert!(((40 << 20)..(42 << 20)).contains(&needed_bytes), "{needed_bytes}");
+            assert!(free_bytes < 21 << 20, "{free_bytes}");
+        }
+        error => panic!("{error}"),
+    }
+    assert_eq!(files(&store), before);
+    fs::remove_file(mount.path().join("full")).unwrap();
+    delete_well(&store, &["a"], ModeChoice::Copy);
+    assert_true(&store.join("b"), &truth.join("b"), "with room");
 }
