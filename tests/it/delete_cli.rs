@@ -266,3 +266,20 @@ fn list_tells_what_deleted_members_hold() {
         planned["plan"].as_array().unwrap().iter().map(|e| e["bytes_to_free"].as_u64().unwrap()).sum();
     assert!(chain["merge_frees_bytes"].as_u64().unwrap() <= planned, "{chain}");
 }
+
+#[test]
+fn a_plain_store_asks_for_no_word_of_cloudstack() {
+    let world = World::forked();
+    let (exit, document) = world.run(&["init", "--kind", "plain"]);
+    assert_eq!((exit, document["kind"].as_str()), (0, Some("plain")));
+    let (exit, document) = world.run(&["delete", "d", "a", "--now", "--yes"]);
+    assert_eq!(exit, 0, "{document}");
+    let statuses: Vec<&str> = document["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|result| result["status"].as_str().unwrap())
+        .collect();
+    assert_eq!(statuses, ["done", "done"]);
+    assert!(!world.member("a").exists() && !world.member("d").exists());
+}
