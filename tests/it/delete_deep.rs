@@ -11,11 +11,12 @@ use qchain::ops::delete::ModeChoice;
 use qchain::store::record::StoreKind;
 
 use super::support::chains::{Numbers, assert_true};
+use super::support::digest::{plain_digest, sparse_digest};
 use super::support::forked::{Forked, asked};
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{create, io, must, text};
 use super::support::reader::{Cluster, Layers};
-use super::support::store::{delete_well, files, init};
+use super::support::store::{delete_well, digests, files, init, open};
 use super::support::writer::{CLUSTER, Says, write};
 
 const DEPTH: usize = 1000;
@@ -61,6 +62,13 @@ fn write_state(path: &Path, (clusters, state): &(u64, Vec<u8>)) {
     }
 }
 
+/// The digest of a member is that of its truth.
+fn assert_digest(store: &Path, name: &str, truth: &Path, state: &(u64, Vec<u8>)) {
+    write_state(truth, state);
+    let expected = plain_digest(&std::fs::read(truth).unwrap());
+    assert_eq!(digests(&open(store), &[name]), [(name.to_owned(), expected)]);
+}
+
 /// The whole view by the tests' own reader.
 fn assert_state(member: &Path, (clusters, state): &(u64, Vec<u8>)) {
     let layers = Layers::open(member);
@@ -82,8 +90,10 @@ fn a_thousand_members_deep() {
     init(&store, StoreKind::Plain);
     let states = deep_chain(&store);
     must("qemu-img", &["check", "-q", "-f", "qcow2", text(&store.join(name(500)))]);
+    let truth = folder.path().join("truth");
     for index in [0, 1, 700, DEPTH - 1] {
         assert_state(&store.join(name(index)), &states[index]);
+        assert_digest(&store, &name(index), &truth, &states[index]);
     }
     // Every other member of a stretch first: survivors in between are merged into in one call.
     let some: Vec<String> = (300..320).step_by(2).map(name).collect();
@@ -98,8 +108,7 @@ fn a_thousand_members_deep() {
     for index in [0, DEPTH - 1] {
         let member = store.join(name(index));
         assert_state(&member, &states[index]);
-        let truth = folder.path().join("truth");
-        write_state(&truth, &states[index]);
+        assert_digest(&store, &name(index), &truth, &states[index]);
         assert_true(&member, &truth, "after 998 members went");
     }
     let left: Vec<_> = files(&store).into_iter().filter(|path| !path.starts_with(".qchain")).collect();
@@ -191,10 +200,13 @@ fn delete_a_huge_member(parent: &Path, cluster: u64) {
     init(&store, StoreKind::Plain);
     let truth = huge_chain(&store, cluster);
     assert_huge(&store.join("b"), &truth);
+    let digest = [("b".to_owned(), sparse_digest(HUGE, &truth))];
+    assert_eq!(digests(&open(&store), &["b"]), digest);
     Forked::new("delete_deep::forked_delete_of_a_huge_member", "huge", text(&store)).run();
     assert!(!store.join("a").exists());
     let member = store.join("b");
     assert_huge(&member, &truth);
+    assert_eq!(digests(&open(&store), &["b"]), digest);
     must("qemu-img", &["check", "-q", "-f", "qcow2", text(&member)]);
     // QEMU reads the places, and its map has data nowhere else.
     let reads: Vec<String> =
