@@ -1,6 +1,5 @@
 //! The exclusive right to change stores.
 
-use crate::backend::BackendError;
 use crate::store::record::own;
 use crate::store::{Result, Store, StoreError, Stores};
 
@@ -22,13 +21,7 @@ impl Guard {
 }
 
 fn lock(store: &Store) -> Result<Box<dyn Send + Sync>> {
-    match store.backend().try_lock(&own(&["locks", "change"])) {
-        Ok(Some(lock)) => Ok(lock),
-        Ok(None) => Err(StoreError::Busy { store: store.backend().describe() }),
-        // Another user's lock file, or a read-only mount: say so rather than "busy".
-        Err(source @ BackendError::NotFound { .. }) => {
-            Err(StoreError::Backend { store: store.backend().describe(), source })
-        }
-        Err(source) => Err(StoreError::backend(store, source)),
-    }
+    let lock = store.backend().try_lock(&own(&["locks", "change"]));
+    let lock = lock.map_err(|source| StoreError::backend(store, source))?;
+    lock.ok_or_else(|| StoreError::Busy { store: store.backend().describe() })
 }

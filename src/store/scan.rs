@@ -138,6 +138,12 @@ impl Scan {
         self.members.get(id.0)
     }
 
+    /// The bytes that a member's file takes on its store; 0 for a node of another scan.
+    #[must_use]
+    pub fn allocated_bytes(&self, id: NodeId) -> u64 {
+        self.member(id).map_or(0, |member| member.stat.allocated_bytes)
+    }
+
     /// Scans all stores. Files that cannot be read are findings; only a store that cannot be walked is an
     /// error.
     pub fn run(stores: &Stores, options: &ScanOptions<'_>) -> Result<Self> {

@@ -171,7 +171,7 @@ fn plan_removal(scan: &Scan, member: NodeId) -> Entry {
         mode: Mode::Remove,
         reason: "no member that stays reads through it".to_owned(),
         cost: Cost::default(),
-        bytes_to_free: allocated(scan, member),
+        bytes_to_free: scan.allocated_bytes(member),
         bytes_needed: 0,
         merge: None,
     }
@@ -204,8 +204,9 @@ fn plan_merge(
         let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
         scan.graph.children(*id).first() == Some(above)
     };
-    let gone: u64 = merge.merged.iter().filter(|id| first_child(id)).map(|id| allocated(scan, *id)).sum();
-    let before = gone + allocated(scan, merge.survivor);
+    let gone: u64 =
+        merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
+    let before = gone + scan.allocated_bytes(merge.survivor);
     Ok(Entry {
         members: merge.merged.clone(),
         into: Some(merge.survivor),
@@ -274,8 +275,4 @@ fn needs(scan: &Scan, tree: &TreePlan) -> BTreeMap<usize, u64> {
         *needs.entry(store).or_insert(0) += bytes;
     }
     needs
-}
-
-fn allocated(scan: &Scan, id: NodeId) -> u64 {
-    scan.member(id).map_or(0, |member| member.stat.allocated_bytes)
 }

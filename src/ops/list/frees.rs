@@ -49,7 +49,7 @@ fn of_tree(stores: &Stores, scan: &Scan, records: &Records, tree: &Tree) -> Free
         member.is_some_and(|member| super::row_of(stores, records, member).is_some_and(Row::deletable))
     };
     let pinned: Vec<NodeId> = tree.members.iter().filter(given_up).copied().collect();
-    let pinned_bytes = pinned.iter().map(|id| allocated(scan, *id)).sum();
+    let pinned_bytes = pinned.iter().map(|id| scan.allocated_bytes(*id)).sum();
     let settled = |id: &NodeId| scan.member(*id).is_some_and(|member| member.incoming.is_none());
     // A member above which nobody is stays: the hypervisor names it as parent of its next increment.
     let delete: BTreeSet<NodeId> =
@@ -59,10 +59,10 @@ fn of_tree(stores: &Stores, scan: &Scan, records: &Records, tree: &Tree) -> Free
 
 fn freed_by(stores: &Stores, scan: &Scan, delete: &BTreeSet<NodeId>) -> Option<u64> {
     let groups = group(&scan.graph, delete).ok()?;
-    let mut before: u64 = groups.departures.iter().map(|gone| allocated(scan, gone.member)).sum();
+    let mut before: u64 = groups.departures.iter().map(|gone| scan.allocated_bytes(gone.member)).sum();
     let mut after = 0_u64;
     for merge in &groups.merges {
-        before += allocated(scan, merge.survivor);
+        before += scan.allocated_bytes(merge.survivor);
         match new_bytes(stores, scan, merge) {
             Ok(bytes) => after = after.saturating_add(bytes),
             Err(error) => {
@@ -72,10 +72,6 @@ fn freed_by(stores: &Stores, scan: &Scan, delete: &BTreeSet<NodeId>) -> Option<u
         }
     }
     Some(before.saturating_sub(after))
-}
-
-fn allocated(scan: &Scan, id: NodeId) -> u64 {
-    scan.member(id).map_or(0, |member| member.stat.allocated_bytes)
 }
 
 /// What the new file of a survivor will take.
