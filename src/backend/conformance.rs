@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::publish;
 use super::{
-    Backend, BackendError, FileKind, Identity, Means, Move, Moved, Result as StoreResult, StoreFile,
+    Backend, BackendError, FileKind, Identity, LockKind, Means, Move, Moved, Result as StoreResult, StoreFile,
 };
 use crate::ids::StorePath;
 
@@ -462,11 +462,15 @@ fn identity_is_taken_over(backend: &Arc<dyn Backend>) -> Outcome {
 fn locks_exclude(backend: &Arc<dyn Backend>) -> Outcome {
     let room = Room::new(backend)?;
     let path = room.path("lock")?;
-    let first = backend.try_lock(&path).map_err(told)?;
+    let first = backend.try_lock(&path, LockKind::Exclusive).map_err(told)?;
     same("a first lock", first.is_some(), true)?;
-    same("a second", backend.try_lock(&path).map_err(told)?.is_some(), false)?;
+    same("a second", backend.try_lock(&path, LockKind::Exclusive).map_err(told)?.is_some(), false)?;
     drop(first);
-    same("one after it was freed", backend.try_lock(&path).map_err(told)?.is_some(), true)?;
+    same(
+        "one after it was freed",
+        backend.try_lock(&path, LockKind::Exclusive).map_err(told)?.is_some(),
+        true,
+    )?;
     room.leave()
 }
 

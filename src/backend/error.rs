@@ -2,10 +2,21 @@
 
 use std::io;
 
+use rustix::io::Errno;
+
 use crate::failure::{Code, Failure, Kind};
 
 /// What a call of a backend gives.
 pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// How systems say that a file system has no hard links. EPERM is Linux's own word for it.
+pub(super) const NO_LINKS: &[Errno] = &[Errno::PERM, Errno::NOTSUP, Errno::NOSYS];
+/// How systems say that a file system or the kernel has no RENAME_EXCHANGE. EINVAL: an unknown flag.
+pub(super) const NO_EXCHANGE: &[Errno] = &[Errno::INVAL, Errno::NOTSUP, Errno::NOSYS];
+/// How systems say that there are no byte-range locks. ENOLCK: an NFS mount without a lock server.
+pub(super) const NO_LOCKS: &[Errno] = &[Errno::INVAL, Errno::NOTSUP, Errno::NOSYS, Errno::NOLCK];
+/// How systems say that space can be neither reserved nor given back.
+pub(super) const NO_FALLOCATE: &[Errno] = &[Errno::NOTSUP, Errno::NOSYS];
 
 /// A store call that failed. Each names the path, as the user would write it.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +65,17 @@ pub enum BackendError {
         /// What did not take.
         what: String,
     },
+    /// The store has no such operation; nothing was changed.
+    #[error("this store cannot {action} {path}")]
+    Unsupported {
+        /// What was tried, as an infinitive.
+        action: &'static str,
+        /// The path.
+        path: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// Anything else that the system said.
     #[error("failed to {action} {path}")]
     Io {
@@ -72,6 +94,27 @@ impl BackendError {
     #[must_use]
     pub fn is_cross_device(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::CrossesDevices)
+    }
+
+    /// Whether the store lacks the operation (hard links, exchange, image locks, clones), so that another way
+    /// to the same end is worth a try.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, Self::Unsupported { .. } | Self::CannotClone { .. })
+    }
+
+    /// As [`BackendError::from_io`], for an operation that a store may lack; `lacking` is how systems say so.
+    #[must_use]
+    pub(super) fn from_io_of(
+        lacking: &[Errno],
+        action: &'static str,
+        path: impl ToString,
+        source: io::Error,
+    ) -> Self {
+        if Errno::from_io_error(&source).is_some_and(|errno| lacking.contains(&errno)) {
+            return Self::Unsupported { action, path: path.to_string(), source };
+        }
+        Self::from_io(action, path, source)
     }
 
     /// Sorts a system error by what it means for the caller.
@@ -94,7 +137,7 @@ impl Failure for BackendError {
             Self::NotFound { .. } => Kind::NotFound,
             Self::AlreadyExists { .. } | Self::NotPlain { .. } | Self::Squashed { .. } => Kind::Refused,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::CannotClone { .. } | Self::Io { .. } => Kind::Io,
+            Self::CannotClone { .. } | Self::Unsupported { .. } | Self::Io { .. } => Kind::Io,
         }
     }
 
@@ -106,7 +149,7 @@ impl Failure for BackendError {
             Self::Squashed { .. } => Code::Squashed,
             Self::NoSpace { .. } => Code::NoSpace,
             Self::CannotClone { .. } => Code::ModeImpossible,
-            Self::Io { .. } => Code::Io,
+            Self::Unsupported { .. } | Self::Io { .. } => Code::Io,
         }
     }
 
@@ -118,6 +161,7 @@ impl Failure for BackendError {
             | Self::NoSpace { path, .. }
             | Self::CannotClone { path, .. }
             | Self::Squashed { path, .. }
+            | Self::Unsupported { path, .. }
             | Self::Io { path, .. } => Some(path),
         }
     }

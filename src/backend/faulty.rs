@@ -8,13 +8,15 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use super::error::{NO_EXCHANGE, NO_FALLOCATE, NO_LINKS};
 use super::{
-    Backend, BackendError, Capabilities, DirEntry, Identity, ImageLocks, Means, Move, Moved, Result, Space,
-    Stat, StoreFile, WalkEntry,
+    Backend, BackendError, Capabilities, DirEntry, Identity, ImageLocks, LockKind, Means, Move, Moved,
+    Result, Space, Stat, StoreFile, WalkEntry,
 };
 use crate::ids::StorePath;
 
@@ -23,8 +25,10 @@ use crate::ids::StorePath;
 pub struct Call {
     /// The method's name.
     pub name: &'static str,
-    /// The path it is about: of two, the one that changes.
+    /// The path it is about: of two, the new name.
     pub path: StorePath,
+    /// The other path of a `rename`, `hard_link` or `exchange`: the one given first.
+    pub from: Option<StorePath>,
     /// Its number among the mutating calls, if it is one.
     pub mutation: Option<u64>,
 }
@@ -61,6 +65,8 @@ struct Plan {
     mutations: u64,
     fault: Option<Fault>,
     hooks: BTreeMap<u64, Hook>,
+    before: BTreeMap<u64, Hook>,
+    after: BTreeMap<u64, Hook>,
     tamper: Option<Tamper>,
 }
 
@@ -79,6 +85,15 @@ enum Verdict {
     Fail(BackendError),
     /// Half of the work, then this.
     Half(BackendError),
+}
+
+/// A call that is about to be made.
+#[derive(Clone, Copy)]
+struct Planned<'c> {
+    name: &'static str,
+    path: &'c StorePath,
+    from: Option<&'c StorePath>,
+    mutates: bool,
 }
 
 /// A store that wraps another, counts, records and fails calls. Clones share everything.
@@ -117,6 +132,16 @@ impl Faulty {
         self.plan().hooks.insert(n, Box::new(hook));
     }
 
+    /// As [`Faulty::before`], right before the `n`-th mutating call (from 0).
+    pub fn before_mutation(&self, n: u64, hook: impl FnOnce() + Send + 'static) {
+        self.plan().before.insert(n, Box::new(hook));
+    }
+
+    /// Runs `hook` right after the `n`-th mutating call (from 0), failed or not, before its caller goes on.
+    pub fn after_mutation(&self, n: u64, hook: impl FnOnce() + Send + 'static) {
+        self.plan().after.insert(n, Box::new(hook));
+    }
+
     /// Shows the bytes of every `write_at` from now on to `tamper`, which may change them: a store that
     /// writes something else than it was told, and says nothing. Replaces an earlier one.
     pub fn tamper(&self, tamper: impl Fn(&StorePath, u64, &mut Vec<u8>) + Send + Sync + 'static) {
@@ -145,13 +170,15 @@ impl Faulty {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, name: &'static str, path: &StorePath, mutates: bool) -> Verdict {
-        let (hook, fault) = {
+    /// Counts the call and says what it is to do, and its number among the mutating ones.
+    fn begin(&self, call: Planned<'_>) -> (Verdict, Option<u64>) {
+        let (hooks, fault, mutation) = {
             let mut plan = self.plan();
             let number = plan.calls.len() as u64;
-            let mutation = mutates.then_some(plan.mutations);
-            plan.mutations += u64::from(mutates);
-            plan.calls.push(Call { name, path: path.clone(), mutation });
+            let mutation = call.mutates.then_some(plan.mutations);
+            plan.mutations += u64::from(call.mutates);
+            let (path, from) = (call.path.clone(), call.from.cloned());
+            plan.calls.push(Call { name: call.name, path, from, mutation });
             let next = plan.mutations;
             let fault = plan.fault.filter(|fault| match (fault.lasting, mutation) {
                 (Lasting::Once, Some(n)) => n == fault.at,
@@ -160,18 +187,43 @@ impl Faulty {
                 (Lasting::Dead, None) => next > fault.at,
                 (_, None) => false,
             });
-            (plan.hooks.remove(&number), fault.map(|fault| (fault, mutation)))
+            let own = mutation.and_then(|n| plan.before.remove(&n));
+            ([plan.hooks.remove(&number), own], fault, mutation)
         };
-        // Without the lock: the hook may call this store.
-        if let Some(hook) = hook {
-            hook();
-        }
-        let Some((fault, mutation)) = fault else { return Verdict::Go };
-        let error = injected(name, path, fault.errno);
-        if fault.half && mutation == Some(fault.at) { Verdict::Half(error) } else { Verdict::Fail(error) }
+        // Without the lock: the hooks may call this store.
+        hooks.into_iter().flatten().for_each(|hook| hook());
+        let verdict = match fault {
+            None => Verdict::Go,
+            Some(fault) => {
+                let error = injected(call.name, call.path, fault.errno);
+                let half = fault.half && mutation == Some(fault.at);
+                if half { Verdict::Half(error) } else { Verdict::Fail(error) }
+            }
+        };
+        (verdict, mutation)
     }
 
-    /// Counts a call and fails it or not; half of it is none of it.
+    /// Counts a call and lets it happen, by half, or not at all.
+    fn act<T>(
+        &self,
+        call: Planned<'_>,
+        whole: impl FnOnce() -> Result<T>,
+        half: impl FnOnce() -> Result<()>,
+    ) -> Result<T> {
+        let (verdict, mutation) = self.begin(call);
+        let done = match verdict {
+            Verdict::Go => whole(),
+            Verdict::Fail(error) => Err(error),
+            Verdict::Half(error) => half().and(Err(error)),
+        };
+        let after = mutation.and_then(|n| self.plan().after.remove(&n));
+        if let Some(hook) = after {
+            hook();
+        }
+        done
+    }
+
+    /// Half of this call is none of it.
     fn call<T>(
         &self,
         name: &'static str,
@@ -179,10 +231,18 @@ impl Faulty {
         mutates: bool,
         call: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        match self.begin(name, path, mutates) {
-            Verdict::Go => call(),
-            Verdict::Fail(error) | Verdict::Half(error) => Err(error),
-        }
+        self.act(Planned { name, path, from: None, mutates }, call, || Ok(()))
+    }
+
+    /// A mutating call about two names.
+    fn pair(
+        &self,
+        name: &'static str,
+        from: &StorePath,
+        to: &StorePath,
+        call: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        self.act(Planned { name, path: to, from: Some(from), mutates: true }, call, || Ok(()))
     }
 
     fn wrap(&self, file: Arc<dyn StoreFile>) -> Arc<dyn StoreFile> {
@@ -199,11 +259,18 @@ fn injected(name: &'static str, path: &StorePath, errno: i32) -> BackendError {
     if name == CLONE && unsupported {
         return BackendError::CannotClone { path: path.to_string(), source };
     }
-    BackendError::from_io(name, path, source)
+    let lacking = match name {
+        EXCHANGE => NO_EXCHANGE,
+        HARD_LINK => NO_LINKS,
+        _ => &[],
+    };
+    BackendError::from_io_of(lacking, name, path, source)
 }
 
 /// How a batch of clones appears in the trace; one of copies is `move_runs`.
 const CLONE: &str = "clone_runs";
+const EXCHANGE: &str = "exchange";
+const HARD_LINK: &str = "hard_link";
 
 impl Backend for Faulty {
     fn describe(&self) -> String {
@@ -255,11 +322,15 @@ impl Backend for Faulty {
     }
 
     fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()> {
-        self.call("rename", to, true, || self.inner.rename(from, to))
+        self.pair("rename", from, to, || self.inner.rename(from, to))
+    }
+
+    fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()> {
+        self.pair(EXCHANGE, a, b, || self.inner.exchange(a, b))
     }
 
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
-        self.call("hard_link", to, true, || self.inner.hard_link(from, to))
+        self.pair(HARD_LINK, from, to, || self.inner.hard_link(from, to))
     }
 
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
@@ -270,8 +341,13 @@ impl Backend for Faulty {
         self.call("space", &StorePath::root(), false, || self.inner.space())
     }
 
-    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
-        self.call("try_lock", path, true, || self.inner.try_lock(path))
+    fn try_lock(&self, path: &StorePath, kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>> {
+        self.call("try_lock", path, true, || self.inner.try_lock(path, kind))
+    }
+
+    /// Not counted: it is no call to the store.
+    fn local_path(&self, path: &StorePath) -> Option<PathBuf> {
+        self.inner.local_path(path)
     }
 
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
@@ -289,6 +365,29 @@ struct FaultyFile {
 impl FaultyFile {
     fn call<T>(&self, name: &'static str, mutates: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
         self.store.call(name, self.inner.path(), mutates, call)
+    }
+
+    /// A mutating call that can happen by half.
+    fn halves<T>(
+        &self,
+        name: &'static str,
+        whole: impl FnOnce() -> Result<T>,
+        half: impl FnOnce() -> Result<()>,
+    ) -> Result<T> {
+        let call = Planned { name, path: self.inner.path(), from: None, mutates: true };
+        self.store.act(call, whole, half)
+    }
+}
+
+/// An injected "cannot" is what a store answers that cannot.
+fn or_cannot(done: Result<bool>) -> Result<bool> {
+    match done {
+        Err(BackendError::Io { source, .. })
+            if Errno::from_io_error(&source).is_some_and(|errno| NO_FALLOCATE.contains(&errno)) =>
+        {
+            Ok(false)
+        }
+        done => done,
     }
 }
 
@@ -317,18 +416,27 @@ impl StoreFile for FaultyFile {
             data
         });
         let data = tampered.as_deref().unwrap_or(data);
-        match self.store.begin("write_at", self.inner.path(), true) {
-            Verdict::Go => self.inner.write_at(offset, data),
-            Verdict::Fail(error) => Err(error),
-            Verdict::Half(error) => {
-                self.inner.write_at(offset, &data[..data.len() / 2])?;
-                Err(error)
-            }
-        }
+        self.halves(
+            "write_at",
+            || self.inner.write_at(offset, data),
+            || self.inner.write_at(offset, &data[..data.len() / 2]),
+        )
     }
 
     fn set_length(&self, length: u64) -> Result<()> {
         self.call("set_length", true, || self.inner.set_length(length))
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> Result<bool> {
+        or_cannot(self.call("reserve", true, || self.inner.reserve(offset, length)))
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> Result<bool> {
+        or_cannot(self.halves(
+            "punch",
+            || self.inner.punch(offset, length),
+            || self.inner.punch(offset, length / 2).map(drop),
+        ))
     }
 
     fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved> {
@@ -339,14 +447,11 @@ impl StoreFile for FaultyFile {
         };
         let sources: Vec<_> = sources.iter().map(bare).collect();
         let name = if means == Means::Clone { CLONE } else { "move_runs" };
-        match self.store.begin(name, self.inner.path(), true) {
-            Verdict::Go => self.inner.move_runs(&sources, runs, means),
-            Verdict::Fail(error) => Err(error),
-            Verdict::Half(error) => {
-                self.inner.move_runs(&sources, &runs[..runs.len() / 2], means)?;
-                Err(error)
-            }
-        }
+        self.halves(
+            name,
+            || self.inner.move_runs(&sources, runs, means),
+            || self.inner.move_runs(&sources, &runs[..runs.len() / 2], means).map(drop),
+        )
     }
 
     fn sync(&self) -> Result<()> {
@@ -367,6 +472,10 @@ impl StoreFile for FaultyFile {
 
     fn image_locks(&self) -> Result<ImageLocks> {
         self.call("image_locks", false, || self.inner.image_locks())
+    }
+
+    fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>> {
+        self.call("hold_image_locks", false, || self.inner.hold_image_locks())
     }
 }
 

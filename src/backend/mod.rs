@@ -2,8 +2,8 @@
 //!
 //! Owns: opening, reading, writing, moving, naming and locking files below one root. Does not own: what is
 //! in them. [`Backend`] is a store, [`StoreFile`] one open file on it; [`posix`] is a directory of a mount,
-//! [`memory`] a store for tests and simulation, [`faulty`] wraps either and fails, delays or counts calls.
-//! All pass one conformance suite ([`conformance`]). Only [`publish`] gives a file the name of another.
+//! [`memory`] a store for tests and simulation, [`faulty`] wraps either and fails, delays or counts calls,
+//! [`slow`] makes either as slow as a network mount. All pass one conformance suite ([`conformance`]). Only [`publish`] gives a file the name of another.
 //!
 //! Crash rule: after a successful [`StoreFile::sync`] the file's bytes and length survive a power cut; after
 //! a successful [`Backend::sync_dir`] so do the names in that directory. Nothing else is promised.
@@ -17,15 +17,17 @@ pub mod memory;
 pub mod posix;
 pub mod publish;
 mod runs;
+pub mod slow;
 mod types;
 
 use std::any::Any;
 use std::fmt::Debug;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use error::{BackendError, Result};
 pub use types::{
-    Capabilities, DirEntry, FileId, FileKind, Identity, ImageLocks, Means, Move, Moved, Space, Stat,
+    Capabilities, DirEntry, FileId, FileKind, Identity, ImageLocks, LockKind, Means, Move, Moved, Space, Stat,
 };
 
 use crate::ids::StorePath;
@@ -80,7 +82,14 @@ pub trait Backend: Send + Sync + Debug {
     /// names are one file, POSIX does nothing and reports success: callers compare file ids first.
     fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()>;
 
-    /// Gives a file one more name; [`BackendError::AlreadyExists`] if it is taken.
+    /// Swaps the files of two names, atomically: nobody ever finds either name missing or both of one file.
+    /// Both must be regular files; two names of one file stay as they are. [`BackendError::is_unsupported`]
+    /// where the store cannot, and nothing was changed. Only [`publish`] calls this. After a crash both
+    /// names are swapped or neither; swapped for sure only once the directories of both were synced.
+    fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()>;
+
+    /// Gives a file one more name; [`BackendError::AlreadyExists`] if it is taken,
+    /// [`BackendError::is_unsupported`] where a file can have one name only. Only [`publish`] calls this.
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()>;
 
     /// Makes the names of a directory durable.
@@ -89,9 +98,16 @@ pub trait Backend: Send + Sync + Debug {
     /// Free and total bytes.
     fn space(&self) -> Result<Space>;
 
-    /// Takes an exclusive advisory lock on a (created if missing) file of qchain's own, without waiting;
-    /// `None` if another process has it. Dropping the guard frees it. A local hint only.
-    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>>;
+    /// Takes an advisory lock on a (created if missing) file of qchain's own, without waiting; `None` if
+    /// somebody (this process, too) has one that excludes it: an exclusive lock excludes all others, a
+    /// shared one the exclusive ones. Dropping the guard frees it, as the end of the process does. A local
+    /// hint only.
+    fn try_lock(&self, path: &StorePath, kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>>;
+
+    /// The absolute path by which other programs on this host reach that name, whether or not it exists;
+    /// `None` if there is none (a store that is no directory here, or whose directory is not at its place
+    /// any more). The name is not looked at: a program that opens it follows links. May block.
+    fn local_path(&self, path: &StorePath) -> Option<PathBuf>;
 
     /// Finds out, by trying in `scratch` (an existing directory of qchain's own), what the store can do.
     /// Leaves nothing behind.
@@ -127,6 +143,17 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Sets the length; new bytes are zeros and take no space.
     fn set_length(&self, length: u64) -> Result<()>;
 
+    /// Takes space for a range, so that writes to it cannot fail for the lack of it later; neither bytes nor
+    /// length change. `false` if the store cannot promise that; [`BackendError::NoSpace`] if there is too
+    /// little, a part may be taken then. Not covered: extents shared with other files (a write to one
+    /// takes new space), and stores that never write in place. The space is given back with the file.
+    /// After a crash it may be taken still or not.
+    fn reserve(&self, offset: u64, length: u64) -> Result<bool>;
+
+    /// Makes a range zeros by giving its space back, as far as it is whole blocks; the length stays. `false`
+    /// if the store cannot, and nothing was changed. As with a write, only a sync makes it durable.
+    fn punch(&self, offset: u64, length: u64) -> Result<bool>;
+
     /// Moves runs from `sources` (each `Move::source` is an index) into this file by the means given:
     /// [`Means::Clone`] shares extents and fails with [`BackendError::CannotClone`] where the file system
     /// or the alignment forbids it (parts of a file-system block at a source's very end are copied);
@@ -149,6 +176,14 @@ pub trait StoreFile: Send + Sync + Debug {
 
     /// Which of QEMU's image locks other processes hold on the file, as far as this host can see.
     fn image_locks(&self) -> Result<ImageLocks>;
+
+    /// Keeps QEMU from opening the file for writing, until the guard is dropped: takes the locks (bytes 201
+    /// and 203) that stand for "does not share the permission to write, or to resize". Programs that only
+    /// read it, also as backing file of another, still can. `None` if somebody has it open for writing.
+    /// [`StoreFile::image_locks`] of this open file does not show it, that of others does (`any`). Does not
+    /// wait. [`BackendError::is_unsupported`] where the store has no such locks. A process that ends or
+    /// loses its mount has lost the locks, too.
+    fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>>;
 }
 
 /// Reads exactly `buffer.len()` bytes, zeros past the end of the file: how QEMU reads an image file.

@@ -117,6 +117,41 @@ pub fn replace(
     done
 }
 
+/// Swaps the files of two names, atomically, and makes both directories durable. Whose bytes they are is
+/// the caller's to check, before and after, and that they are durable. Blocks.
+///
+/// # Errors
+///
+/// [`BackendError::is_unsupported`] where the store cannot swap, [`BackendError::NotPlain`] if one of them
+/// is no regular file, [`BackendError::NotFound`]: nothing was changed. After any other error they were
+/// swapped or not: their ids tell. Never call again without looking: that would swap them back.
+///
+/// # After a crash
+///
+/// Both were swapped or neither.
+pub fn swap(backend: &dyn Backend, a: &StorePath, b: &StorePath) -> Result<()> {
+    backend.exchange(a, b)?;
+    sync_directories(backend, a, b)
+}
+
+/// Gives the file at `from` one more name, `to`, and makes that durable. If `to` is a name of that file
+/// already (a redo), this succeeds. The bytes are not synced: they were when they got their first name.
+/// Blocks.
+///
+/// # Errors
+///
+/// [`BackendError::AlreadyExists`] if another file has the name, [`BackendError::is_unsupported`] where a
+/// file can have one name only: nothing was changed. After any other error it has the name or not.
+///
+/// # After a crash
+///
+/// `to` is free or stands for the file.
+pub fn link(backend: &dyn Backend, from: &StorePath, to: &StorePath) -> Result<()> {
+    let file = backend.open(from)?;
+    give_name(backend, file.as_ref(), from, to)?;
+    backend.sync_dir(&to.parent())
+}
+
 /// Gives `new` the owner, group, mode, ACL and attributes of `old`, and reads them back.
 ///
 /// # Errors
@@ -150,13 +185,8 @@ fn link_new(
     path: &StorePath,
     bytes: &[u8],
 ) -> Result<()> {
-    match backend.hard_link(temporary, path) {
-        // As in `publish`: a request that a server was sent twice. The name is ours if it is our file.
-        Err(BackendError::AlreadyExists { path: taken }) => match (backend.stat(path), file.stat()) {
-            (Ok(is), Ok(ours)) if is.id == ours.id => Ok(()),
-            _ => Err(BackendError::AlreadyExists { path: taken }),
-        },
-        Err(BackendError::Io { source, .. }) if has_no_links(&source) => {
+    match give_name(backend, file, temporary, path) {
+        Err(error) if error.is_unsupported() => {
             let named = backend.create(path)?;
             named.write_at(0, bytes)?;
             named.sync()
@@ -165,10 +195,16 @@ fn link_new(
     }
 }
 
-fn has_no_links(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    // EPERM is what Linux answers for a file system without hard links.
-    matches!(Errno::from_io_error(error), Some(Errno::PERM | Errno::NOTSUP | Errno::NOSYS))
+/// A hard link, made once even if a server is asked for it twice: as in [`publish`], its second answer is
+/// that the name is taken, by our file then.
+fn give_name(backend: &dyn Backend, file: &dyn StoreFile, from: &StorePath, to: &StorePath) -> Result<()> {
+    match backend.hard_link(from, to) {
+        Err(BackendError::AlreadyExists { path: taken }) => match (backend.stat(to), file.stat()) {
+            (Ok(is), Ok(ours)) if is.id == ours.id => Ok(()),
+            _ => Err(BackendError::AlreadyExists { path: taken }),
+        },
+        done => done,
+    }
 }
 
 fn sync_directories(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {

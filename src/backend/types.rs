@@ -76,6 +76,15 @@ pub enum Means {
     Copy,
 }
 
+/// Whom a lock excludes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// Who wants it exclusively.
+    Shared,
+    /// Everybody else.
+    Exclusive,
+}
+
 /// One run to move into a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Move {

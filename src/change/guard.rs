@@ -1,5 +1,6 @@
 //! The exclusive right to change stores.
 
+use crate::backend::LockKind;
 use crate::store::record::own;
 use crate::store::{Result, Store, StoreError, Stores};
 
@@ -21,7 +22,7 @@ impl Guard {
 }
 
 fn lock(store: &Store) -> Result<Box<dyn Send + Sync>> {
-    let lock = store.backend().try_lock(&own(&["locks", "change"]));
+    let lock = store.backend().try_lock(&own(&["locks", "change"]), LockKind::Exclusive);
     let lock = lock.map_err(|source| StoreError::backend(store, source))?;
     lock.ok_or_else(|| StoreError::Busy { store: store.backend().describe() })
 }

@@ -13,7 +13,7 @@ use qchain::backend::conformance;
 use qchain::backend::faulty::Faulty;
 use qchain::backend::memory::MemoryStore;
 use qchain::backend::posix::PosixStore;
-use qchain::backend::{Backend, BackendError, FileKind, Means, Move};
+use qchain::backend::{Backend, BackendError, FileKind, LockKind, Means, Move};
 use qchain::ids::StorePath;
 
 use crate::support::mounts::{FsKind, LoopMount};
@@ -173,7 +173,7 @@ fn links_are_never_followed() {
             not_plain(name, store.rename(&at, &path("taken")));
             not_plain(name, store.hard_link(&path("real/file"), &at));
             not_plain(name, store.hard_link(&at, &path("taken")));
-            not_plain(name, store.try_lock(&at));
+            not_plain(name, store.try_lock(&at, LockKind::Exclusive));
         }
         for name in ["up", "absolute", "near", "last", "nearlast", "dangling", "magic"] {
             let at = path(name);
@@ -186,7 +186,7 @@ fn links_are_never_followed() {
             not_plain(name, store.rename(&at, &path("taken")));
             not_plain(name, store.rename(&path("real/file"), &at));
             not_plain(name, store.hard_link(&at, &path("taken")));
-            not_plain(name, store.try_lock(&at));
+            not_plain(name, store.try_lock(&at, LockKind::Exclusive));
             assert_eq!(store.stat(&at).unwrap().kind, FileKind::Symlink, "{name}");
             assert!(matches!(store.create(&at), Err(BackendError::AlreadyExists { .. })), "{name}");
         }
@@ -211,7 +211,7 @@ fn special_files_do_not_hang() {
             for name in ["fifo", "socket"] {
                 not_plain(name, store.open(&path(name)));
                 not_plain(name, store.open_writable(&path(name)));
-                not_plain(name, store.try_lock(&path(name)));
+                not_plain(name, store.try_lock(&path(name), LockKind::Exclusive));
                 assert_eq!(store.stat(&path(name)).unwrap().kind, FileKind::Special);
             }
         }

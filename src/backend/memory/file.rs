@@ -1,13 +1,14 @@
 //! Files of a store in memory.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
+use super::dice::Dice;
 use super::{DEVICE, Shared, failed, lock};
 use crate::backend::runs::{Batch, parts};
 use crate::backend::{
@@ -20,12 +21,24 @@ use crate::ids::StorePath;
 pub(super) const CHUNK: u64 = 4096;
 const CHUNK_BYTES: usize = 4096;
 
+/// What a power cut writes of a piece, if not all of it.
+const SECTOR_BYTES: usize = 512;
+
 /// A file whatever its names: contents, live and durable.
 #[derive(Debug)]
 pub(super) struct Inode {
     number: u64,
     state: Mutex<State>,
-    locks: Mutex<ImageLocks>,
+    locks: Mutex<Locks>,
+}
+
+/// QEMU's image locks on a file.
+#[derive(Debug, Default)]
+struct Locks {
+    /// Of others than this store's users.
+    foreign: ImageLocks,
+    /// Open files that keep writers out, and how often each was asked to.
+    holders: BTreeMap<u64, u64>,
 }
 
 #[derive(Debug)]
@@ -58,7 +71,7 @@ impl Inode {
     }
 
     pub(super) fn set_locks(&self, locks: ImageLocks) {
-        *lock(&self.locks) = locks;
+        lock(&self.locks).foreign = locks;
     }
 
     pub(super) fn change_links(&self, by: i64, now: i128) {
@@ -67,11 +80,29 @@ impl Inode {
         state.live.changed_ns = now;
     }
 
-    pub(super) fn crash(&self, links: u64) {
+    pub(super) fn links(&self) -> u64 {
+        lock(&self.state).links
+    }
+
+    pub(super) fn set_links(&self, links: u64) {
+        lock(&self.state).links = links;
+    }
+
+    /// How many of these chunks there are.
+    pub(super) fn chunks(&self, first: u64, end: u64) -> u64 {
+        lock(&self.state).live.chunks.range(first..end).count() as u64
+    }
+
+    /// Only what was synced is left, or, with dice, parts of the rest too.
+    pub(super) fn crash(&self, dice: Option<&mut Dice>) {
         let mut state = lock(&self.state);
-        state.live = state.durable.clone();
-        state.links = links;
-        *lock(&self.locks) = ImageLocks::default();
+        let left = match dice {
+            Some(dice) => state.durable.partly(&state.live, dice),
+            None => state.durable.clone(),
+        };
+        state.live = left.clone();
+        state.durable = left;
+        *lock(&self.locks) = Locks::default();
     }
 
     pub(super) fn stat(&self) -> Stat {
@@ -162,6 +193,40 @@ impl Content {
         }
     }
 
+    /// This content with some of the changes that `live` has: of a piece that differs all, nothing, or
+    /// single sectors; of length and attributes all or nothing.
+    fn partly(&self, live: &Self, dice: &mut Dice) -> Self {
+        let mut left = self.clone();
+        if dice.keeps() {
+            (left.modified_ns, left.changed_ns) = (live.modified_ns, live.changed_ns);
+            left.identity.clone_from(&live.identity);
+        }
+        let length = if dice.keeps() { live.length } else { self.length };
+        let numbers: BTreeSet<u64> = self.chunks.keys().chain(live.chunks.keys()).copied().collect();
+        for number in numbers {
+            let (old, new) = (self.chunks.get(&number), live.chunks.get(&number));
+            if matches!((old, new), (Some(old), Some(new)) if Arc::ptr_eq(old, new)) || !dice.keeps() {
+                continue;
+            }
+            let torn = dice.roll().is_multiple_of(4);
+            match new {
+                Some(new) if !torn => drop(left.chunks.insert(number, Arc::clone(new))),
+                Some(new) => {
+                    let empty = || Arc::new(vec![0; CHUNK_BYTES]);
+                    let bytes = Arc::make_mut(left.chunks.entry(number).or_insert_with(empty));
+                    let sectors = bytes.chunks_mut(SECTOR_BYTES).zip(new.chunks(SECTOR_BYTES));
+                    let kept = sectors.filter(|_| dice.roll().is_multiple_of(2));
+                    kept.for_each(|(into, from)| into.copy_from_slice(from));
+                }
+                None => drop(left.chunks.remove(&number)),
+            }
+        }
+        // What lies past the end is gone, and zeros if the file ever grows again.
+        left.length = left.length.max(live.length);
+        left.set_length(length);
+        left
+    }
+
     fn set_length(&mut self, length: u64) {
         if length < self.length {
             self.zero(length, self.length - length);
@@ -179,6 +244,8 @@ pub(super) struct MemoryFile {
     writable: bool,
     clones: bool,
     crashes: u64,
+    /// Which open file it is.
+    number: u64,
 }
 
 impl MemoryFile {
@@ -190,7 +257,8 @@ impl MemoryFile {
         clones: bool,
     ) -> Self {
         let crashes = shared.crashes.load(Ordering::Relaxed);
-        Self { shared, inode, path, writable, clones, crashes }
+        let number = shared.opens.fetch_add(1, Ordering::Relaxed);
+        Self { shared, inode, path, writable, clones, crashes, number }
     }
 
     fn alive(&self, action: &'static str) -> Result<()> {
@@ -308,6 +376,23 @@ impl StoreFile for MemoryFile {
         Ok(())
     }
 
+    fn reserve(&self, offset: u64, length: u64) -> Result<bool> {
+        let action = "reserve space for";
+        let end = offset.checked_add(length);
+        self.may_write(action, end)?;
+        let end = end.unwrap_or(offset).div_ceil(CHUNK);
+        if length == 0 || lock(&self.shared.room).reserve(&self.inode, offset / CHUNK, end) {
+            return Ok(true);
+        }
+        Err(failed(action, &self.path, Errno::NOSPC))
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> Result<bool> {
+        self.may_write("punch a hole into", offset.checked_add(length))?;
+        self.change(|content| content.zero(offset, length));
+        Ok(true)
+    }
+
     fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved> {
         let action = "move runs into";
         self.may_write(action, Some(0))?;
@@ -367,6 +452,37 @@ impl StoreFile for MemoryFile {
 
     fn image_locks(&self) -> Result<ImageLocks> {
         self.alive("ask the locks of")?;
-        Ok(*lock(&self.inode.locks))
+        let locks = lock(&self.inode.locks);
+        let held = locks.holders.keys().any(|&number| number != self.number);
+        Ok(ImageLocks { any: locks.foreign.any || held, ..locks.foreign })
+    }
+
+    fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>> {
+        self.alive("take the image locks of")?;
+        let mut locks = lock(&self.inode.locks);
+        if locks.foreign.writer {
+            return Ok(None);
+        }
+        *locks.holders.entry(self.number).or_default() += 1;
+        Ok(Some(Box::new(Held { inode: Arc::clone(&self.inode), number: self.number })))
+    }
+}
+
+/// Image locks held through one open file.
+struct Held {
+    inode: Arc<Inode>,
+    number: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut locks = lock(&self.inode.locks);
+        // Gone already after a crash.
+        if let Some(count) = locks.holders.get_mut(&self.number) {
+            *count -= 1;
+            if *count == 0 {
+                locks.holders.remove(&self.number);
+            }
+        }
     }
 }

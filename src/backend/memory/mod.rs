@@ -3,27 +3,34 @@
 //! Everything exists twice: *live*, as calls see it, and *durable*, as a crash leaves it. A file's bytes
 //! and attributes become durable by its `sync`, a directory's names by its `sync_dir`, and by nothing else:
 //! more forgetful than most file systems, and just what the contract of [`Backend`] allows.
-//! [`MemoryStore::crash`] makes the durable state the live one; files that were open then answer ESTALE.
+//! [`MemoryStore::crash`] makes the durable state the live one, [`MemoryStore::crash_seeded`] one of the
+//! many between the two; files that were open then answer ESTALE.
 //!
 //! Bytes are kept in chunks of 4 KiB where something was written, so that a file of 60 TiB with little in
 //! it costs little. Clones share chunks.
 
+mod dice;
 mod file;
 mod names;
+mod room;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
+use self::dice::Dice;
 use self::file::{Inode, MemoryFile};
 use self::names::{Entry, Names};
+use self::room::Room;
+use super::error::{NO_EXCHANGE, NO_LINKS};
 use super::{
-    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, ImageLocks, Result, Space, Stat,
-    StoreFile, WalkEntry,
+    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, ImageLocks, LockKind, Result, Space,
+    Stat, StoreFile, WalkEntry,
 };
 use crate::ids::StorePath;
 
@@ -35,18 +42,22 @@ const DEVICE: u64 = 0x6d65_6d00;
 pub struct MemoryStore {
     shared: Arc<Shared>,
     clones: bool,
+    hard_links: bool,
+    exchanges: bool,
 }
 
 /// What the store and its open files share.
 #[derive(Debug)]
 struct Shared {
     names: Mutex<Names>,
-    flocks: Mutex<BTreeSet<u64>>,
+    /// By file: of which kind, and how many.
+    flocks: Mutex<BTreeMap<u64, (LockKind, u64)>>,
     /// Counts crashes: a file opened before one is dead.
     crashes: AtomicU64,
     clock: AtomicU64,
     inodes: AtomicU64,
-    free_bytes: AtomicU64,
+    opens: AtomicU64,
+    room: Mutex<Room>,
 }
 
 impl Default for MemoryStore {
@@ -64,13 +75,14 @@ impl MemoryStore {
         let first = STORES.fetch_add(1, Ordering::Relaxed).wrapping_mul(1 << 32).wrapping_add(2);
         let shared = Shared {
             names: Mutex::new(Names::new(first - 1)),
-            flocks: Mutex::new(BTreeSet::new()),
+            flocks: Mutex::default(),
             crashes: AtomicU64::new(0),
             clock: AtomicU64::new(0),
             inodes: AtomicU64::new(first),
-            free_bytes: AtomicU64::new(1 << 50),
+            opens: AtomicU64::new(0),
+            room: Mutex::new(Room::new(1 << 50)),
         };
-        Self { shared: Arc::new(shared), clones: true }
+        Self { shared: Arc::new(shared), clones: true, hard_links: true, exchanges: true }
     }
 
     /// The same store, with clones working or not.
@@ -79,23 +91,56 @@ impl MemoryStore {
         Self { clones: works, ..self }
     }
 
+    /// The same store, with hard links working or not, as on some network mounts.
+    #[must_use]
+    pub fn with_hard_links(self, work: bool) -> Self {
+        Self { hard_links: work, ..self }
+    }
+
+    /// The same store, with [`Backend::exchange`] working or not, as on most network mounts.
+    #[must_use]
+    pub fn with_exchange(self, works: bool) -> Self {
+        Self { exchanges: works, ..self }
+    }
+
     /// A power cut: all that was not synced is gone. Open files and locks are dead.
     pub fn crash(&self) {
-        self.shared.crashes.fetch_add(1, Ordering::Relaxed);
-        lock(&self.shared.names).crash();
-        lock(&self.shared.flocks).clear();
+        self.restart(Names::crash, None);
     }
 
     /// A power cut after which all names are as they were last, but only synced bytes: what a file system
     /// may do that writes names out by itself, and why bytes are synced before a name is given.
     pub fn crash_keeping_names(&self) {
-        lock(&self.shared.names).sync_all();
-        self.crash();
+        self.restart(Names::crash_keeping_all, None);
     }
 
-    /// Sets what [`Backend::space`] tells; nothing enforces it.
+    /// A power cut after which the seed decides, for each change that was not synced, whether it is left.
+    ///
+    /// Of names: each call's change is left or lost as a whole, and none without the earlier ones of the
+    /// same name; other changes may overtake each other. A change is left for sure if the directory of
+    /// one of its names was synced since; an exchange, if those of both were. Of bytes: a piece of 4 KiB is
+    /// as it was synced or as it was last, or some of its sectors are; length and attributes likewise, each
+    /// for itself. Different seeds also keep more or less of it all, some of them everything or nothing.
+    pub fn crash_seeded(&self, seed: u64) {
+        let mut dice = Dice::new(seed);
+        let mut names = Dice::new(dice.roll());
+        self.restart(|store| store.crash_by(&mut names), Some(&mut dice));
+    }
+
+    fn restart(&self, cut: impl FnOnce(&mut Names) -> Vec<Arc<Inode>>, mut dice: Option<&mut Dice>) {
+        let mut names = lock(&self.shared.names);
+        self.shared.crashes.fetch_add(1, Ordering::Relaxed);
+        for inode in cut(&mut names) {
+            inode.crash(dice.as_deref_mut());
+        }
+        lock(&self.shared.flocks).clear();
+        lock(&self.shared.room).crash();
+    }
+
+    /// Sets what [`Backend::space`] tells, less what is reserved. Only [`StoreFile::reserve`] heeds it:
+    /// writes succeed all the same.
     pub fn set_free_bytes(&self, bytes: u64) {
-        self.shared.free_bytes.store(bytes, Ordering::Relaxed);
+        lock(&self.shared.room).free = bytes;
     }
 
     /// Sets which image locks others seem to hold on a file.
@@ -239,8 +284,19 @@ impl Backend for MemoryStore {
         lock(&self.shared.names).rename(from, to, now)
     }
 
+    fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()> {
+        if !self.exchanges {
+            return Err(BackendError::from_io_of(NO_EXCHANGE, "exchange", a, Errno::INVAL.into()));
+        }
+        let now = self.shared.now();
+        lock(&self.shared.names).exchange(a, b, now)
+    }
+
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         let inode = self.file(from)?;
+        if !self.hard_links {
+            return Err(BackendError::from_io_of(NO_LINKS, "link", to, Errno::PERM.into()));
+        }
         lock(&self.shared.names).add(to, Entry::File(Arc::clone(&inode)))?;
         inode.change_links(1, self.shared.now());
         Ok(())
@@ -251,20 +307,27 @@ impl Backend for MemoryStore {
     }
 
     fn space(&self) -> Result<Space> {
-        Ok(Space { free_bytes: self.shared.free_bytes.load(Ordering::Relaxed), total_bytes: 1 << 50 })
+        Ok(Space { free_bytes: lock(&self.shared.room).left(), total_bytes: 1 << 50 })
     }
 
-    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
+    fn try_lock(&self, path: &StorePath, kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>> {
         let number = match self.create(path) {
             Ok(file) => file.stat()?.id.inode,
             Err(BackendError::AlreadyExists { .. }) => self.file(path)?.stat().id.inode,
             Err(error) => return Err(error),
         };
-        if !lock(&self.shared.flocks).insert(number) {
+        let mut flocks = lock(&self.shared.flocks);
+        let (has, count) = flocks.entry(number).or_insert((kind, 0));
+        if *count > 0 && (kind, *has) != (LockKind::Shared, LockKind::Shared) {
             return Ok(None);
         }
+        *count += 1;
         let crashes = self.shared.crashes.load(Ordering::Relaxed);
         Ok(Some(Box::new(Flock { shared: Arc::clone(&self.shared), number, crashes })))
+    }
+
+    fn local_path(&self, _path: &StorePath) -> Option<PathBuf> {
+        None
     }
 
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
@@ -272,9 +335,9 @@ impl Backend for MemoryStore {
         Ok(Capabilities {
             clone: self.clones,
             clone_alignment: if self.clones { file::CHUNK } else { 0 },
-            hard_links: true,
+            hard_links: self.hard_links,
             byte_range_locks: true,
-            rename_exchange: false,
+            rename_exchange: self.exchanges,
             direct_io: false,
             network: false,
         })
@@ -291,8 +354,15 @@ struct Flock {
 impl Drop for Flock {
     fn drop(&mut self) {
         // A lock from before a crash is gone, and may be somebody else's by now.
-        if self.shared.crashes.load(Ordering::Relaxed) == self.crashes {
-            lock(&self.shared.flocks).remove(&self.number);
+        let mut flocks = lock(&self.shared.flocks);
+        if self.shared.crashes.load(Ordering::Relaxed) != self.crashes {
+            return;
+        }
+        if let Some((_, count)) = flocks.get_mut(&self.number) {
+            *count -= 1;
+            if *count == 0 {
+                flocks.remove(&self.number);
+            }
         }
     }
 }

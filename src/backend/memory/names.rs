@@ -1,10 +1,14 @@
-//! The directories of a store in memory, live and durable.
+//! The directories of a store in memory: as calls see them, and what a crash may leave of them.
+//!
+//! What is durable is kept as a base and the changes since, in order; a change goes into the base once
+//! every directory that it touches was synced. What a crash does with the rest is the crash's choice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::dice::Dice;
 use super::failed;
 use super::file::Inode;
 use crate::backend::{BackendError, FileKind, Result};
@@ -30,19 +34,74 @@ impl Entry {
 }
 
 type Directory = BTreeMap<String, Entry>;
-
 /// All directories by inode number.
+type Directories = BTreeMap<u64, Directory>;
+
+/// A name given or taken away.
+#[derive(Debug)]
+struct Edit {
+    directory: u64,
+    name: String,
+    entry: Option<Entry>,
+    /// Whether its directory was synced since.
+    synced: bool,
+}
+
+/// One call's change of names.
+#[derive(Debug)]
+struct Change {
+    edits: Vec<Edit>,
+    /// Whether no crash at all takes it apart. (Of a rename between two directories, a store may lose the
+    /// half that was not synced.)
+    whole: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct Names {
     root: u64,
-    live: BTreeMap<u64, Directory>,
-    durable: BTreeMap<u64, Directory>,
+    live: Directories,
+    base: Directories,
+    since: Vec<Change>,
+}
+
+impl Edit {
+    fn new(directory: u64, path: &StorePath, entry: Option<Entry>) -> Self {
+        Self { directory, name: path.file_name().to_owned(), entry, synced: false }
+    }
+
+    fn place(&self) -> (u64, String) {
+        (self.directory, self.name.clone())
+    }
+
+    fn apply(&self, directories: &mut Directories) {
+        let directory = directories.entry(self.directory).or_default();
+        match &self.entry {
+            Some(entry) => directory.insert(self.name.clone(), entry.clone()),
+            None => directory.remove(&self.name),
+        };
+    }
+}
+
+impl Change {
+    fn apply(&self, directories: &mut Directories) {
+        self.edits.iter().for_each(|edit| edit.apply(directories));
+    }
+
+    fn is_synced(&self) -> bool {
+        self.edits.iter().all(|edit| edit.synced)
+    }
+
+    /// Whether a store that keeps changes whole must have it: an exchange if both directories were synced,
+    /// anything else if one was.
+    fn is_promised(&self) -> bool {
+        if self.whole { self.is_synced() } else { self.edits.iter().any(|edit| edit.synced) }
+    }
 }
 
 impl Names {
     pub(super) fn new(root: u64) -> Self {
-        let only_root = BTreeMap::from([(root, Directory::new())]);
-        Self { root, live: only_root.clone(), durable: only_root }
+        let only_root = Directories::from([(root, Directory::new())]);
+        Self { root, live: only_root.clone(), base: only_root, since: Vec::new() }
     }
 
     pub(super) fn get(&self, path: &StorePath) -> Result<Entry> {
@@ -71,16 +130,22 @@ impl Names {
         }
     }
 
-    /// The directory that `path` lies in, for changing it.
-    fn parent(&mut self, path: &StorePath) -> Result<&mut Directory> {
+    /// The number of the directory that `path` lies in, for changing it.
+    fn parent(&self, path: &StorePath) -> Result<u64> {
         if path.is_root() {
             return Err(BackendError::NotPlain { path: path.to_string() });
         }
         match self.get(&path.parent())? {
-            Entry::Directory(number, _) => Ok(self.live.entry(number).or_default()),
+            Entry::Directory(number, _) => Ok(number),
             Entry::File(_) => Err(failed("find", path, Errno::NOENT)),
             Entry::Other(..) => Err(BackendError::NotPlain { path: path.to_string() }),
         }
+    }
+
+    fn change(&mut self, edits: Vec<Edit>, whole: bool) {
+        let change = Change { edits, whole };
+        change.apply(&mut self.live);
+        self.since.push(change);
     }
 
     /// Adds a name that must be free.
@@ -88,17 +153,14 @@ impl Names {
         if path.is_root() {
             return Err(failed("create", path, Errno::EXIST));
         }
-        let directory = self.parent(path)?;
-        if directory.contains_key(path.file_name()) {
+        let parent = self.parent(path)?;
+        if self.live.get(&parent).is_some_and(|names| names.contains_key(path.file_name())) {
             return Err(failed("create", path, Errno::EXIST));
         }
         if let Entry::Directory(number, _) = entry {
-            directory.insert(path.file_name().to_owned(), entry);
             self.live.insert(number, Directory::new());
-            self.durable.insert(number, Directory::new());
-        } else {
-            directory.insert(path.file_name().to_owned(), entry);
         }
+        self.change(vec![Edit::new(parent, path, Some(entry))], false);
         Ok(())
     }
 
@@ -111,7 +173,7 @@ impl Names {
 
     pub(super) fn remove_file(&mut self, path: &StorePath, now: i128) -> Result<()> {
         let inode = self.file(path)?;
-        self.parent(path)?.remove(path.file_name());
+        self.change(vec![Edit::new(self.parent(path)?, path, None)], false);
         inode.change_links(-1, now);
         Ok(())
     }
@@ -120,13 +182,13 @@ impl Names {
         if !self.list(path)?.is_empty() {
             return Err(failed("remove", path, Errno::NOTEMPTY));
         }
-        self.parent(path)?.remove(path.file_name());
+        self.change(vec![Edit::new(self.parent(path)?, path, None)], false);
         Ok(())
     }
 
     pub(super) fn rename(&mut self, from: &StorePath, to: &StorePath, now: i128) -> Result<()> {
         let inode = self.file(from)?;
-        self.parent(to)?;
+        let (source, target) = (self.parent(from)?, self.parent(to)?);
         match self.file(to) {
             // As POSIX has it: two names of one file both stay.
             Ok(old) if Arc::ptr_eq(&old, &inode) => return Ok(()),
@@ -134,9 +196,24 @@ impl Names {
             Err(BackendError::NotFound { .. }) => {}
             Err(error) => return Err(error),
         }
-        self.parent(from)?.remove(from.file_name());
-        self.parent(to)?.insert(to.file_name().to_owned(), Entry::File(Arc::clone(&inode)));
+        let given = Edit::new(target, to, Some(Entry::File(Arc::clone(&inode))));
+        self.change(vec![Edit::new(source, from, None), given], false);
         inode.change_links(0, now);
+        Ok(())
+    }
+
+    pub(super) fn exchange(&mut self, a: &StorePath, b: &StorePath, now: i128) -> Result<()> {
+        let (first, second) = (self.file(a)?, self.file(b)?);
+        if Arc::ptr_eq(&first, &second) {
+            return Ok(());
+        }
+        let edits = vec![
+            Edit::new(self.parent(a)?, a, Some(Entry::File(Arc::clone(&second)))),
+            Edit::new(self.parent(b)?, b, Some(Entry::File(Arc::clone(&first)))),
+        ];
+        self.change(edits, true);
+        first.change_links(0, now);
+        second.change_links(0, now);
         Ok(())
     }
 
@@ -165,22 +242,63 @@ impl Names {
 
     pub(super) fn sync(&mut self, path: &StorePath) -> Result<()> {
         let number = self.number(path)?;
-        let names = self.list(path)?.clone();
-        self.durable.insert(number, names);
+        let edits = self.since.iter_mut().flat_map(|change| &mut change.edits);
+        edits.filter(|edit| edit.directory == number).for_each(|edit| edit.synced = true);
+        // Into the base goes what does not overtake an earlier change of the same name.
+        let mut waiting = BTreeSet::new();
+        let mut rest = Vec::new();
+        for change in std::mem::take(&mut self.since) {
+            let overtakes = || change.edits.iter().any(|edit| waiting.contains(&edit.place()));
+            if change.is_synced() && !overtakes() {
+                change.apply(&mut self.base);
+            } else {
+                waiting.extend(change.edits.iter().map(Edit::place));
+                rest.push(change);
+            }
+        }
+        self.since = rest;
         Ok(())
     }
 
-    pub(super) fn sync_all(&mut self) {
-        self.durable = self.live.clone();
+    /// Only what was synced is left, directory by directory.
+    pub(super) fn crash(&mut self) -> Vec<Arc<Inode>> {
+        for change in std::mem::take(&mut self.since) {
+            if !change.whole || change.is_synced() {
+                let synced = change.edits.iter().filter(|edit| edit.synced);
+                synced.for_each(|edit| edit.apply(&mut self.base));
+            }
+        }
+        self.restart()
     }
 
-    /// Makes the durable state the live one, for all that can be reached by name.
-    pub(super) fn crash(&mut self) {
-        let mut reached = BTreeMap::new();
+    /// All names are left as they were last.
+    pub(super) fn crash_keeping_all(&mut self) -> Vec<Arc<Inode>> {
+        self.since.clear();
+        self.base = self.live.clone();
+        self.restart()
+    }
+
+    /// What was not promised is left or lost, each change whole, and changes of one name in their order.
+    pub(super) fn crash_by(&mut self, dice: &mut Dice) -> Vec<Arc<Inode>> {
+        let mut lost = BTreeSet::new();
+        for change in std::mem::take(&mut self.since) {
+            let overtakes = change.edits.iter().any(|edit| lost.contains(&edit.place()));
+            if change.is_promised() || (dice.keeps() && !overtakes) {
+                change.apply(&mut self.base);
+            } else {
+                lost.extend(change.edits.iter().map(Edit::place));
+            }
+        }
+        self.restart()
+    }
+
+    /// Makes the base the live state, as far as it can be reached by name; gives the files in it.
+    fn restart(&mut self) -> Vec<Arc<Inode>> {
+        let mut reached = Directories::new();
         let mut links: BTreeMap<u64, (Arc<Inode>, u64)> = BTreeMap::new();
         let mut pending = vec![self.root];
         while let Some(number) = pending.pop() {
-            let names = self.durable.get(&number).cloned().unwrap_or_default();
+            let names = self.base.get(&number).cloned().unwrap_or_default();
             for entry in names.values() {
                 match entry {
                     Entry::Directory(below, _) if !reached.contains_key(below) => pending.push(*below),
@@ -192,10 +310,12 @@ impl Names {
             }
             reached.insert(number, names);
         }
-        for (inode, count) in links.into_values() {
-            inode.crash(count);
-        }
         self.live = reached.clone();
-        self.durable = reached;
+        self.base = reached;
+        let relinked = links.into_values().map(|(inode, count)| {
+            inode.set_links(count);
+            inode
+        });
+        relinked.collect()
     }
 }

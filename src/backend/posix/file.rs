@@ -4,12 +4,14 @@ use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use rustix::fs::{self, Advice};
+use rustix::fs::{self, Advice, FallocateFlags};
+use rustix::io::retry_on_intr;
 
 use super::{failed, identity, locks, moves, probe, stat_of};
-use crate::backend::{Identity, ImageLocks, Means, Move, Moved, Result, Stat, StoreFile};
+use crate::backend::error::{NO_FALLOCATE, NO_LOCKS};
+use crate::backend::{BackendError, Identity, ImageLocks, Means, Move, Moved, Result, Stat, StoreFile};
 use crate::ids::StorePath;
 
 #[derive(Debug)]
@@ -20,11 +22,13 @@ pub(super) struct PosixFile {
     block: OnceLock<u64>,
     /// Whether it is a network file system, asked once.
     network: OnceLock<bool>,
+    /// QEMU's image locks, while somebody holds them through this open file.
+    held: Mutex<Weak<locks::Held>>,
 }
 
 impl PosixFile {
     pub(super) fn new(file: File, path: StorePath) -> Self {
-        Self { file, path, block: OnceLock::new(), network: OnceLock::new() }
+        Self { file, path, block: OnceLock::new(), network: OnceLock::new(), held: Mutex::default() }
     }
 
     pub(super) fn file(&self) -> &File {
@@ -59,6 +63,19 @@ impl PosixFile {
         let sensible = block.is_power_of_two() && (512..=65_536).contains(&block);
         Ok(*self.block.get_or_init(|| if sensible { block } else { 4096 }))
     }
+
+    /// Takes or gives back space without changing the length; `false` if the file system cannot.
+    fn allocate(&self, action: &'static str, flags: FallocateFlags, at: u64, length: u64) -> Result<bool> {
+        if length == 0 {
+            return Ok(true);
+        }
+        let flags = flags | FallocateFlags::KEEP_SIZE;
+        match retry_on_intr(|| fs::fallocate(&self.file, flags, at, length)) {
+            Ok(()) => Ok(true),
+            Err(errno) if NO_FALLOCATE.contains(&errno) => Ok(false),
+            Err(errno) => Err(failed(action, &self.path, errno)),
+        }
+    }
 }
 
 /// Reads until `buffer` is full or the file ends.
@@ -88,7 +105,9 @@ impl StoreFile for PosixFile {
     }
 
     fn stat(&self) -> Result<Stat> {
-        fs::fstat(&self.file).map(|stat| stat_of(&stat)).map_err(|errno| failed("look at", &self.path, errno))
+        retry_on_intr(|| fs::fstat(&self.file))
+            .map(|stat| stat_of(&stat))
+            .map_err(|errno| failed("look at", &self.path, errno))
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
@@ -101,6 +120,14 @@ impl StoreFile for PosixFile {
 
     fn set_length(&self, length: u64) -> Result<()> {
         self.file.set_len(length).map_err(|error| failed("set the length of", &self.path, error))
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> Result<bool> {
+        self.allocate("reserve space for", FallocateFlags::empty(), offset, length)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> Result<bool> {
+        self.allocate("punch a hole into", FallocateFlags::PUNCH_HOLE, offset, length)
     }
 
     fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved> {
@@ -128,5 +155,18 @@ impl StoreFile for PosixFile {
 
     fn image_locks(&self) -> Result<ImageLocks> {
         locks::image_locks(&self.file).map_err(|error| failed("ask the locks of", &self.path, error))
+    }
+
+    fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>> {
+        // Locks belong to the open file and do not add up: who takes them twice must share them.
+        let mut known = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = match known.upgrade() {
+            Some(held) => Some(held),
+            None => locks::hold(&self.file).map_err(|error| {
+                BackendError::from_io_of(NO_LOCKS, "take the image locks of", &self.path, error)
+            })?,
+        };
+        *known = held.as_ref().map(Arc::downgrade).unwrap_or_default();
+        Ok(held.map(|held| Box::new(held) as Box<dyn Send + Sync>))
     }
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use crate::backend::Space;
+use crate::backend::{LockKind, Space};
 
 /// A locked file. Unlocked when dropped, and not just closed: a process that another thread is starting at
 /// that moment has copies of all open files until it runs its program, and would keep the lock for so long.
@@ -21,11 +21,18 @@ impl Drop for Locked {
 }
 
 /// Takes the lock of an open file, `None` if another open file has it. Dropping the box frees it.
-pub(super) fn try_lock(file: File) -> io::Result<Option<Box<dyn Send + Sync>>> {
-    match fs2::FileExt::try_lock_exclusive(&file) {
-        Ok(()) => Ok(Some(Box::new(Locked(file)))),
-        Err(error) if error.raw_os_error() == fs2::lock_contended_error().raw_os_error() => Ok(None),
-        Err(error) => Err(error),
+pub(super) fn try_lock(file: File, kind: LockKind) -> io::Result<Option<Box<dyn Send + Sync>>> {
+    let take = match kind {
+        LockKind::Shared => <File as fs2::FileExt>::try_lock_shared,
+        LockKind::Exclusive => <File as fs2::FileExt>::try_lock_exclusive,
+    };
+    loop {
+        return match take(&file) {
+            Ok(()) => Ok(Some(Box::new(Locked(file)))),
+            Err(error) if error.raw_os_error() == fs2::lock_contended_error().raw_os_error() => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => Err(error),
+        };
     }
 }
 
@@ -38,6 +45,7 @@ pub(super) fn space(directory: &Path) -> io::Result<Space> {
 #[cfg(test)]
 mod tests {
     use super::try_lock;
+    use crate::backend::LockKind;
 
     #[test]
     fn a_copy_of_the_open_file_does_not_keep_the_lock() {
@@ -45,10 +53,10 @@ mod tests {
         let open = || std::fs::File::create(folder.path().join("lock")).unwrap();
         let first = open();
         let inherited = first.try_clone().unwrap();
-        let held = try_lock(first).unwrap();
-        assert!(try_lock(open()).unwrap().is_none());
+        let held = try_lock(first, LockKind::Exclusive).unwrap();
+        assert!(try_lock(open(), LockKind::Shared).unwrap().is_none());
         drop(held);
-        assert!(try_lock(open()).unwrap().is_some());
+        assert!(try_lock(open(), LockKind::Exclusive).unwrap().is_some());
         drop(inherited);
     }
 }

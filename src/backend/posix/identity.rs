@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 
 use rustix::fs::{self, Gid, Mode, Uid, XattrFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::failed;
 use crate::backend::{BackendError, Identity, Result};
@@ -38,17 +38,17 @@ pub(super) fn give(file: &File, path: &StorePath, wanted: &Identity) -> Result<(
         let uid = (before.uid != wanted.uid).then(|| Uid::from_raw(wanted.uid));
         let gid = (before.gid != wanted.gid).then(|| Gid::from_raw(wanted.gid));
         let owner = format!("owner {}:{}", wanted.uid, wanted.gid);
-        fs::fchown(file, uid, gid).map_err(|errno| squashed(path, owner, errno))?;
+        retry_on_intr(|| fs::fchown(file, uid, gid)).map_err(|errno| squashed(path, owner, errno))?;
     }
     for (name, value) in &wanted.attributes {
         if !before.attributes.iter().any(|(has, is)| has == name && is == value) {
-            fs::fsetxattr(file, name.as_str(), value, XattrFlags::empty())
+            retry_on_intr(|| fs::fsetxattr(file, name.as_str(), value, XattrFlags::empty()))
                 .map_err(|errno| squashed(path, format!("attribute {name}"), errno))?;
         }
     }
     for (name, _) in &before.attributes {
         if !wanted.attributes.iter().any(|(want, _)| want == name) {
-            match fs::fremovexattr(file, name.as_str()) {
+            match retry_on_intr(|| fs::fremovexattr(file, name.as_str())) {
                 // The change of owner may have taken it already.
                 Ok(()) | Err(Errno::NODATA) => {}
                 Err(errno) => return Err(squashed(path, format!("no attribute {name}"), errno)),
@@ -57,7 +57,7 @@ pub(super) fn give(file: &File, path: &StorePath, wanted: &Identity) -> Result<(
     }
     let mut is = read(file).map_err(io)?;
     if is.mode != wanted.mode {
-        fs::fchmod(file, Mode::from_raw_mode(wanted.mode))
+        retry_on_intr(|| fs::fchmod(file, Mode::from_raw_mode(wanted.mode)))
             .map_err(|errno| squashed(path, format!("mode {:04o}", wanted.mode), errno))?;
         is = read(file).map_err(io)?;
     }
@@ -110,6 +110,7 @@ fn filled(mut call: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>) -> rusti
     let mut buffer = vec![0; 512];
     loop {
         match call(&mut buffer) {
+            Err(Errno::INTR) => {}
             Err(Errno::RANGE) if buffer.len() < MOST_BYTES => buffer.resize(buffer.len() * 8, 0),
             Err(errno) => return Err(errno),
             Ok(length) => {

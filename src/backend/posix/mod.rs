@@ -4,7 +4,7 @@
 //! root directory's own place, which the operator chose and which may be reached over symbolic links.
 //!
 //! The crash rule is the kernel's: `fsync` of a file, `fsync` of a directory. Every call blocks, on a
-//! network mount for as long as the server takes.
+//! network mount for as long as the server takes. A call that a signal interrupted is made again.
 
 mod file;
 mod flock;
@@ -23,15 +23,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use self::file::PosixFile;
 use self::resolve::Resolver;
+use super::error::{NO_EXCHANGE, NO_LINKS};
 use super::{
-    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, Result, Space, Stat, StoreFile,
-    WalkEntry,
+    Backend, BackendError, Capabilities, DirEntry, FileId, FileKind, LockKind, Result, Space, Stat,
+    StoreFile, WalkEntry,
 };
 use crate::ids::StorePath;
 
@@ -79,7 +80,7 @@ impl PosixStore {
         let mode = Mode::RUSR | Mode::WUSR;
         let opened = when_lease_is_back(|| fs::openat(&directory, name, flags | PLAIN, mode))
             .map_err(|errno| failed(action, path, errno))?;
-        let kind = fs::fstat(&opened).map_err(|errno| failed(action, path, errno))?;
+        let kind = retry_on_intr(|| fs::fstat(&opened)).map_err(|errno| failed(action, path, errno))?;
         if FileType::from_raw_mode(kind.st_mode) != FileType::RegularFile {
             return Err(BackendError::NotPlain { path: path.to_string() });
         }
@@ -95,7 +96,7 @@ impl PosixStore {
         or_nothing: bool,
     ) -> Result<(OwnedFd, &'p str)> {
         let (directory, name) = self.parent(action, path)?;
-        match fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        match stat_name(&directory, name) {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
             Ok(_) => return Err(BackendError::NotPlain { path: path.to_string() }),
             Err(Errno::NOENT) if or_nothing => {}
@@ -125,10 +126,11 @@ impl Backend for PosixStore {
     fn stat(&self, path: &StorePath) -> Result<Stat> {
         let action = "look at";
         let found = if path.is_root() {
-            fs::fstat(self.directory(action, path)?)
+            let root = self.directory(action, path)?;
+            retry_on_intr(|| fs::fstat(&root))
         } else {
             let (directory, name) = self.parent(action, path)?;
-            fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+            stat_name(&directory, name)
         };
         found.map(|stat| stat_of(&stat)).map_err(|errno| failed(action, path, errno))
     }
@@ -179,55 +181,109 @@ impl Backend for PosixStore {
         }
         let bits = if private { 0o700 } else { 0o755 };
         let (directory, name) = self.parent(action, path)?;
-        fs::mkdirat(&directory, name, Mode::from_raw_mode(bits))
+        retry_on_intr(|| fs::mkdirat(&directory, name, Mode::from_raw_mode(bits)))
             .and_then(|()| open_up(&directory, name, bits))
             .map_err(|errno| failed(action, path, errno))
     }
 
     fn remove_file(&self, path: &StorePath) -> Result<()> {
         let (directory, name) = self.plain("remove", path, false)?;
-        fs::unlinkat(&directory, name, AtFlags::empty()).map_err(|errno| failed("remove", path, errno))
+        retry_on_intr(|| fs::unlinkat(&directory, name, AtFlags::empty()))
+            .map_err(|errno| failed("remove", path, errno))
     }
 
     fn remove_dir(&self, path: &StorePath) -> Result<()> {
         let (directory, name) = self.parent("remove", path)?;
-        fs::unlinkat(&directory, name, AtFlags::REMOVEDIR).map_err(|errno| failed("remove", path, errno))
+        retry_on_intr(|| fs::unlinkat(&directory, name, AtFlags::REMOVEDIR))
+            .map_err(|errno| failed("remove", path, errno))
     }
 
     fn rename(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         let (old_directory, old) = self.plain("rename", from, false)?;
         let (new_directory, new) = self.plain("replace", to, true)?;
-        fs::renameat(&old_directory, old, &new_directory, new).map_err(|errno| match errno {
-            Errno::NOENT => failed("rename", from, errno),
-            _ => failed("replace", to, errno),
+        retry_on_intr(|| fs::renameat(&old_directory, old, &new_directory, new)).map_err(
+            |errno| match errno {
+                Errno::NOENT => failed("rename", from, errno),
+                _ => failed("replace", to, errno),
+            },
+        )
+    }
+
+    fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()> {
+        let action = "exchange";
+        let first = self.plain(action, a, false)?;
+        let second = self.plain(action, b, false)?;
+        swap(&first, &second).map_err(|errno| {
+            // The file that went in this moment.
+            let gone = errno == Errno::NOENT && matches!(stat_name(&second.0, second.1), Err(Errno::NOENT));
+            let path = if gone { b } else { a };
+            match failed(action, path, errno) {
+                BackendError::Io { source, .. } => {
+                    BackendError::from_io_of(NO_EXCHANGE, action, path, source)
+                }
+                error => error,
+            }
         })
     }
 
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         let (old_directory, old) = self.plain("link", from, false)?;
         let (new_directory, new) = self.parent("create", to)?;
-        fs::linkat(&old_directory, old, &new_directory, new, AtFlags::empty()).map_err(|errno| match errno {
+        let linked = retry_on_intr(|| fs::linkat(&old_directory, old, &new_directory, new, AtFlags::empty()));
+        linked.map_err(|errno| match errno {
             Errno::NOENT => failed("link", from, errno),
+            errno if NO_LINKS.contains(&errno) => {
+                BackendError::from_io_of(NO_LINKS, "link", to, errno.into())
+            }
             _ => failed("create", to, errno),
         })
     }
 
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
         let directory = self.directory("sync", path)?;
-        fs::fsync(&directory).map_err(|errno| failed("sync", path, errno))
+        retry_on_intr(|| fs::fsync(&directory)).map_err(|errno| failed("sync", path, errno))
     }
 
     fn space(&self) -> Result<Space> {
         flock::space(&self.shown).map_err(|error| failed("ask the space of", self.shown.display(), error))
     }
 
-    fn try_lock(&self, path: &StorePath) -> Result<Option<Box<dyn Send + Sync>>> {
+    fn try_lock(&self, path: &StorePath, kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>> {
         let file = self.open_as("lock", path, OFlags::RDWR | OFlags::CREATE)?;
-        flock::try_lock(file.into_file()).map_err(|error| failed("lock", path, error))
+        flock::try_lock(file.into_file(), kind).map_err(|error| failed("lock", path, error))
+    }
+
+    fn local_path(&self, path: &StorePath) -> Option<PathBuf> {
+        let root = self.directory("look at", &StorePath::root()).ok()?;
+        let (is, by_name) = (fs::fstat(&root).ok()?, fs::stat(&self.shown).ok()?);
+        // Renamed or mounted over: another program would find other files there.
+        if (is.st_dev, is.st_ino) != (by_name.st_dev, by_name.st_ino) {
+            return None;
+        }
+        // Also keeps a name with a colon from being taken for a protocol's.
+        let shown = std::path::absolute(&self.shown).ok()?;
+        Some(if path.is_root() { shown } else { shown.join(path.as_str()) })
     }
 
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
         probe::probe(self, scratch)
+    }
+}
+
+fn stat_name(directory: &OwnedFd, name: &str) -> rustix::io::Result<fs::Stat> {
+    retry_on_intr(|| fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW))
+}
+
+/// Swaps two names. Made again after an interruption only if it did not happen: twice would be not at all.
+fn swap(a: &(OwnedFd, &str), b: &(OwnedFd, &str)) -> rustix::io::Result<()> {
+    let id = || stat_name(&a.0, a.1).map(|stat| (stat.st_dev, stat.st_ino));
+    let before = id()?;
+    loop {
+        match fs::renameat_with(&a.0, a.1, &b.0, b.1, RenameFlags::EXCHANGE) {
+            Err(Errno::INTR) if id()? == before => {}
+            Err(Errno::INTR) => return Ok(()),
+            done => return done,
+        }
     }
 }
 

@@ -23,7 +23,6 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use reflink_copy::ReflinkBlockBuilder;
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use super::failed;
@@ -83,18 +82,14 @@ fn make_room(target: &PosixFile, batch: &Batch) -> Result<()> {
 }
 
 fn zero(target: &PosixFile, start: u64, length: u64) -> Result<()> {
-    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match fallocate(target.file(), punch, start, length) {
-        Ok(()) => Ok(()),
-        Err(Errno::NOTSUP | Errno::NOSYS) => {
-            let zeros = vec![0; usize::try_from(COPY_BYTES.min(length)).unwrap_or_default()];
-            parts(start, length, COPY_BYTES).try_for_each(|(at, count)| {
-                let count = usize::try_from(count).unwrap_or_default().min(zeros.len());
-                target.write_at(at, &zeros[..count])
-            })
-        }
-        Err(errno) => Err(failed("write zeros to", target.path(), errno)),
+    if target.punch(start, length)? {
+        return Ok(());
     }
+    let zeros = vec![0; usize::try_from(COPY_BYTES.min(length)).unwrap_or_default()];
+    parts(start, length, COPY_BYTES).try_for_each(|(at, count)| {
+        let count = usize::try_from(count).unwrap_or_default().min(zeros.len());
+        target.write_at(at, &zeros[..count])
+    })
 }
 
 /// The sources as files of a mount; only those can share extents.

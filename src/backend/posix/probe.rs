@@ -55,7 +55,8 @@ pub(super) fn probe(store: &PosixStore, scratch: &StorePath) -> Result<Capabilit
 
 impl Scratch {
     fn new(directory: OwnedFd) -> io::Result<Self> {
-        let names = [publish::temporary_name(), publish::temporary_name(), publish::temporary_name()];
+        // Told by their names from the temporary files of a change, by whoever sweeps.
+        let names = [(); 3].map(|()| format!("probe.{}", publish::temporary_name()));
         let first = create(&directory, &names[0])?;
         let second = match create(&directory, &names[1]) {
             Ok(second) => second,

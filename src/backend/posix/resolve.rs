@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, ResolveFlags};
-use rustix::io::{Errno, Result};
+use rustix::io::{Errno, Result, retry_on_intr};
 
 use crate::ids::StorePath;
 
@@ -35,7 +35,7 @@ impl Resolver {
     pub(super) fn directory(&self, path: &StorePath, access: OFlags) -> Result<OwnedFd> {
         let flags = access | OFlags::DIRECTORY | OFlags::CLOEXEC;
         if path.is_root() {
-            return fs::openat(&self.root, ".", flags, Mode::empty());
+            return retry_on_intr(|| fs::openat(&self.root, ".", flags, Mode::empty()));
         }
         if !self.in_one_call.load(Ordering::Relaxed) {
             return self.walk(path, flags);
@@ -86,8 +86,8 @@ impl Resolver {
                 Some(_) => OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
                 None => last_flags,
             };
-            let opened = fs::openat(here, component, flags | OFlags::NOFOLLOW, Mode::empty())
-                .map_err(|errno| why(here, component, errno))?;
+            let open = || fs::openat(here, component, flags | OFlags::NOFOLLOW, Mode::empty());
+            let opened = retry_on_intr(open).map_err(|errno| why(here, component, errno))?;
             at = Some(opened);
         }
         at.ok_or(Errno::NOENT)

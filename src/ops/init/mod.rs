@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use crate::backend::{Backend, BackendError, Capabilities, FileKind, publish};
+use crate::backend::{Backend, BackendError, Capabilities, FileKind, LockKind, publish};
 use crate::ids::StorePath;
 use crate::ops::Result;
 use crate::store::record::{
@@ -139,7 +139,7 @@ fn make_directory(backend: &dyn Backend, path: &StorePath) -> std::result::Resul
 }
 
 fn lock(store: &Store) -> Result<Guard> {
-    let guard = store.backend().try_lock(&own(&["locks", "change"]));
+    let guard = store.backend().try_lock(&own(&["locks", "change"]), LockKind::Exclusive);
     let guard = guard.map_err(|source| StoreError::backend(store, source))?;
     Ok(guard.ok_or_else(|| StoreError::Busy { store: store.id().to_string() })?)
 }

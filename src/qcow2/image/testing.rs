@@ -65,6 +65,12 @@ impl StoreFile for Bytes {
     fn set_length(&self, _: u64) -> Result<()> {
         refuse()
     }
+    fn reserve(&self, _: u64, _: u64) -> Result<bool> {
+        refuse()
+    }
+    fn punch(&self, _: u64, _: u64) -> Result<bool> {
+        refuse()
+    }
     fn move_runs(&self, _: &[Arc<dyn StoreFile>], _: &[Move], _: Means) -> Result<Moved> {
         refuse()
     }
@@ -82,6 +88,9 @@ impl StoreFile for Bytes {
     }
     fn image_locks(&self) -> Result<ImageLocks> {
         Ok(ImageLocks::default())
+    }
+    fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>> {
+        refuse()
     }
 }
 
