@@ -5,7 +5,7 @@ use crate::chain::delete::Merge;
 use crate::chain::graph::NodeId;
 use crate::cloudstack::backing::{At, NameMap};
 use crate::failure::Code;
-use crate::qcow2::layout::{Backing, ImageOptions, Layout};
+use crate::qcow2::layout::{Backing, ImageOptions, Kept, Layout, Unfit, in_place_possible};
 use crate::qcow2::write::clonable;
 use crate::qcow2::{Image, ImageError};
 use crate::store::Stores;
@@ -48,7 +48,7 @@ impl Cost {
         self.data_bytes + self.metadata_bytes
     }
 
-    /// The space that the new file takes, extents shared with others counted in full.
+    /// The space that the new file takes, or that a kept one takes more, extents shared with others counted in full.
     #[must_use]
     pub fn file_bytes(&self) -> u64 {
         self.written_bytes() + self.clone_bytes
@@ -81,6 +81,28 @@ impl MergeInput {
     /// Lays the image out: one pass over the tables of the members concerned.
     pub fn layout(&self) -> std::result::Result<Layout, ImageError> {
         Layout::plan(&self.options, &self.upper.source_facts(), self.upper.map())
+    }
+
+    /// Whether the lowest merged member's file can become the image wanted, as far as headers tell.
+    pub fn fits_onto(&self) -> std::result::Result<(), Unfit> {
+        let headers: Vec<_> = self.upper.images().map(Image::header).collect();
+        match headers.split_last() {
+            Some((kept, above)) => in_place_possible(kept, above, &self.options),
+            None => Ok(()),
+        }
+    }
+
+    /// Lays the image out in the file of the lowest merged member, all that is new behind its end. `base` is
+    /// where an earlier plan began that has grown the file since, in bytes; `None` before the first.
+    /// The result can be costed as any other: what stays costs nothing.
+    pub fn layout_onto(&self, base: Option<u64>) -> std::result::Result<Layout, ImageError> {
+        let mut facts = self.upper.source_facts();
+        let Some((image, source)) = self.upper.images().last().zip(facts.last_mut()) else {
+            return self.layout();
+        };
+        let kept = Kept::of(self.upper.len() - 1, image, base)?;
+        source.file_length = source.file_length.min(kept.base);
+        Layout::plan_onto(&self.options, &facts, &kept, self.upper.map())
     }
 
     /// The alignment in bytes that cloning from each layer needs, 0 where it must be copied.

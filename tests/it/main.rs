@@ -13,6 +13,7 @@ mod delete_sequences;
 mod delete_trees;
 mod frozen;
 mod merge_model;
+mod merge_onto;
 mod merge_qemu;
 mod merge_tamper;
 mod qcow2_check;

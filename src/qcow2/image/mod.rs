@@ -15,6 +15,7 @@ use crate::failure::Code;
 use crate::qcow2::compressed::decompress;
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::header::{Header, parse_prefix};
+use crate::qcow2::layout::Switch;
 use crate::qcow2::map::CompressedCluster;
 use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
@@ -42,16 +43,37 @@ impl Image {
     /// Reads 4 KiB, and the rest of the first cluster (at most 2 MiB) only if the header goes on there.
     /// Errors as [`Header::parse`], or the store's.
     pub fn open(file: Arc<dyn StoreFile>, name: &str) -> Result<Self> {
+        Self::open_over(file, name, |_| {})
+    }
+
+    /// Opens the image that `file` will be when its header is switched; nothing is written. For proofs.
+    pub fn open_switched(file: Arc<dyn StoreFile>, name: &str, switch: &Switch) -> Result<Self> {
+        Self::open_over(file, name, |start| switch.lay_over(start))
+    }
+
+    /// Opens a file with its first bytes as `change` makes them.
+    fn open_over(file: Arc<dyn StoreFile>, name: &str, change: impl Fn(&mut [u8])) -> Result<Self> {
         let failed = |source: BackendError| ImageError::Store { image: name.to_owned(), source };
+        let start = |length: u64| {
+            let mut bytes = read_start(&*file, length).map_err(failed)?;
+            change(&mut bytes);
+            Ok(bytes)
+        };
         let file_length = file.stat().map_err(failed)?.length;
-        let first = read_start(&*file, file_length.min(FIRST_READ_BYTES)).map_err(failed)?;
-        let header = if let Some(header) = parse_prefix(name, file_length, &first)? {
-            header
-        } else {
-            let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
-            Header::parse(name, file_length, &read_start(&*file, whole).map_err(failed)?)?
+        let header = match parse_prefix(name, file_length, &start(file_length.min(FIRST_READ_BYTES))?)? {
+            Some(header) => header,
+            None => {
+                let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
+                Header::parse(name, file_length, &start(whole)?)?
+            }
         };
         Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length })
+    }
+
+    /// The same image as if its file ended at `length` bytes, if it is longer: for one that was grown.
+    #[must_use]
+    pub fn ending_at(&self, length: u64) -> Self {
+        Self { file_length: self.file_length.min(length), ..self.clone() }
     }
 
     /// What errors call it.
@@ -95,9 +117,21 @@ impl Image {
         Extents::new(self.clone(), from, window_bytes.clamp(MIN_WINDOW_BYTES, DEFAULT_WINDOW_BYTES))
     }
 
-    /// Reads `buffer.len()` bytes at `host`, zeros behind the end of the file.
+    /// Reads `buffer.len()` bytes at `host`, zeros behind the end that the file had when it was opened.
     pub fn read_data(&self, host: HostOffset, buffer: &mut [u8]) -> Result<()> {
-        read_padded(&*self.file, host.0, buffer).map_err(|source| self.store_error(source))
+        let there = self.file_length.saturating_sub(host.0);
+        let (there, behind) =
+            buffer.split_at_mut(usize::try_from(there).unwrap_or(usize::MAX).min(buffer.len()));
+        behind.fill(0);
+        self.read_file(host.0, there)
+    }
+
+    /// Reads the file itself at `offset`, zeros behind its end.
+    pub(crate) fn read_file(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        read_padded(&*self.file, offset, buffer).map_err(|source| self.store_error(source))
     }
 
     /// Reads and decompresses a cluster of this image to exactly one cluster of bytes, also where the

@@ -1,12 +1,12 @@
 //! The second pass over the map: composed and compressed clusters and every table, in an order in which the
-//! header comes last, so that a half-written file is no image.
+//! header comes last, so that a half-written file is no image. A file that is kept has its header already.
 
 use crate::failure::Code;
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::layout::clusters::{Clusters, Fill, Piece, Span};
 use crate::qcow2::layout::packing::Packing;
 use crate::qcow2::layout::shape::{Shape, Shaper};
-use crate::qcow2::layout::{Layout, pieces_limit};
+use crate::qcow2::layout::{Head, Layout, pieces_limit};
 use crate::qcow2::map::{CompressedCluster, Run};
 use crate::qcow2::tables::{EntryFormat, L1Entry, L2Entry, Subclusters};
 use crate::units::{HostOffset, SECTOR_BYTES};
@@ -16,6 +16,8 @@ use crate::units::{HostOffset, SECTOR_BYTES};
 pub enum Emit {
     /// Bytes of a table or of the header.
     Table {
+        /// Of which.
+        kind: TableKind,
         /// Where.
         to: HostOffset,
         /// The bytes.
@@ -41,6 +43,17 @@ pub enum Emit {
         /// What to read there.
         cluster: CompressedCluster,
     },
+}
+
+/// What metadata there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableKind {
+    /// An L2 table, or the L1 table.
+    Entries,
+    /// A refcount block, or the refcount table.
+    Refcounts,
+    /// The header.
+    Header,
 }
 
 /// A part of a composed cluster.
@@ -240,7 +253,7 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
         let host = HostOffset(self.layout.geometry.l2_tables + self.tables_done * size);
         self.tables_done += 1;
         self.l1.push((table.index, L1Entry::Table { host, copied: true }.encode()));
-        Some(Emit::Table { to: host, bytes: table.bytes })
+        Some(Emit::Table { kind: TableKind::Entries, to: host, bytes: table.bytes })
     }
 
     /// Whether all was there again that the plan has room for.
@@ -248,40 +261,6 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
         let amounts = &self.layout.amounts;
         let seen = (self.tables_done, self.composed, self.packing.clusters());
         seen == (amounts.l2_tables, amounts.composed, amounts.compressed)
-    }
-
-    /// Block `index` of the refcounts.
-    fn refcount_block(&self, index: u64) -> Emit {
-        let layout = self.layout;
-        let size = layout.options.cluster_bits.bytes();
-        let width = layout.refcounts;
-        let per_block = width.entries_per_block(layout.options.cluster_bits);
-        let total = layout.geometry.end / size;
-        let compressed = layout.geometry.compressed / size;
-        let mut bytes = vec![0; usize::try_from(size).unwrap_or_default()];
-        let first = index * per_block;
-        for cluster in first..(first + per_block).min(total) {
-            let count = match cluster.checked_sub(compressed) {
-                Some(at) => usize::try_from(at)
-                    .ok()
-                    .and_then(|at| layout.compressed_counts.get(at))
-                    .map_or(0, |count| u64::from(*count)),
-                None => 1,
-            };
-            // In range by the loop's bounds; a count passed its limit when it was placed.
-            let _ = width.set(&mut bytes, usize::try_from(cluster - first).unwrap_or(usize::MAX), count);
-        }
-        Emit::Table { to: HostOffset(layout.geometry.refcount_blocks + index * size), bytes }
-    }
-
-    fn refcount_table(&self) -> Emit {
-        let geometry = &self.layout.geometry;
-        let size = self.layout.options.cluster_bits.bytes();
-        let mut bytes: Vec<u8> = (0..geometry.refcount_block_count)
-            .flat_map(|index| (geometry.refcount_blocks + index * size).to_be_bytes())
-            .collect();
-        bytes.resize(usize::try_from(geometry.refcount_table_clusters * size).unwrap_or_default(), 0);
-        Emit::Table { to: HostOffset(geometry.refcount_table), bytes }
     }
 
     fn l1_table(&self) -> Emit {
@@ -293,7 +272,7 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 place.copy_from_slice(&entry.to_be_bytes());
             }
         }
-        Emit::Table { to: HostOffset(geometry.l1), bytes }
+        Emit::Table { kind: TableKind::Entries, to: HostOffset(geometry.l1), bytes }
     }
 
     fn step_stage(&mut self) -> Result<Option<Emit>> {
@@ -306,13 +285,13 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 },
                 Stage::RefcountBlocks(index) if index < self.layout.geometry.refcount_block_count => {
                     self.stage = Stage::RefcountBlocks(index + 1);
-                    return Ok(Some(self.refcount_block(index)));
+                    return Ok(Some(refcount_block(self.layout, index)));
                 }
                 Stage::RefcountBlocks(_) => self.stage = Stage::RefcountTable,
                 Stage::RefcountTable => {
                     let empty = self.layout.amounts.l1_entries == 0;
                     self.stage = if empty { Stage::Header } else { Stage::L1 };
-                    return Ok(Some(self.refcount_table()));
+                    return Ok(Some(refcount_table(self.layout)));
                 }
                 Stage::L1 => {
                     self.stage = Stage::Header;
@@ -320,8 +299,11 @@ impl<I: Iterator<Item = Result<Run>>> Emitter<'_, I> {
                 }
                 Stage::Header => {
                     self.stage = Stage::Done;
-                    let bytes = self.layout.header.clone();
-                    return Ok(Some(Emit::Table { to: HostOffset(0), bytes }));
+                    // That of a kept file is switched by itself, when all else is durable.
+                    if let Head::New(bytes) = &self.layout.head {
+                        let (kind, to) = (TableKind::Header, HostOffset(0));
+                        return Ok(Some(Emit::Table { kind, to, bytes: bytes.clone() }));
+                    }
                 }
                 Stage::Done => return Ok(None),
             }
@@ -339,6 +321,46 @@ impl<I: Iterator<Item = Result<Run>>> Iterator for Emitter<'_, I> {
         }
         emitted
     }
+}
+
+/// The refcounts by themselves: no map is needed for them.
+pub fn refcounts(layout: &Layout) -> impl Iterator<Item = Emit> {
+    let blocks = (0..layout.geometry.refcount_block_count).map(|index| refcount_block(layout, index));
+    blocks.chain(std::iter::once_with(|| refcount_table(layout)))
+}
+
+/// Block `index` of the refcounts.
+fn refcount_block(layout: &Layout, index: u64) -> Emit {
+    let size = layout.options.cluster_bits.bytes();
+    let width = layout.refcounts;
+    let per_block = width.entries_per_block(layout.options.cluster_bits);
+    let total = layout.geometry.end / size;
+    let compressed = layout.geometry.compressed / size;
+    let mut bytes = vec![0; usize::try_from(size).unwrap_or_default()];
+    let first = index * per_block;
+    for cluster in first..(first + per_block).min(total) {
+        let count = match cluster.checked_sub(compressed) {
+            Some(at) => usize::try_from(at)
+                .ok()
+                .and_then(|at| layout.compressed_counts.get(at))
+                .map_or(0, |count| u64::from(*count)),
+            None => u64::from(layout.is_used(cluster)),
+        };
+        // In range by the loop's bounds; a count passed its limit when it was placed.
+        let _ = width.set(&mut bytes, usize::try_from(cluster - first).unwrap_or(usize::MAX), count);
+    }
+    let to = HostOffset(layout.geometry.refcount_blocks + index * size);
+    Emit::Table { kind: TableKind::Refcounts, to, bytes }
+}
+
+fn refcount_table(layout: &Layout) -> Emit {
+    let geometry = &layout.geometry;
+    let size = layout.options.cluster_bits.bytes();
+    let mut bytes: Vec<u8> = (0..geometry.refcount_block_count)
+        .flat_map(|index| (geometry.refcount_blocks + index * size).to_be_bytes())
+        .collect();
+    bytes.resize(usize::try_from(geometry.refcount_table_clusters * size).unwrap_or_default(), 0);
+    Emit::Table { kind: TableKind::Refcounts, to: HostOffset(geometry.refcount_table), bytes }
 }
 
 /// The parts of a composed cluster that have bytes.

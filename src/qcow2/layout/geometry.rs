@@ -1,4 +1,5 @@
-//! Where each part of the new file lies: header, L1, refcounts, L2 tables, data, one after the other.
+//! Where each part of the new file lies: header, L1, refcounts, L2 tables, data, one after the other; in a file
+//! that is kept, behind its old end instead of behind the header.
 
 use crate::failure::Code;
 use crate::qcow2::error::{ImageError, Result};
@@ -21,6 +22,7 @@ pub struct Amounts {
 /// The parts, as host offsets in bytes; each begins where the one before ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
+    /// Where the parts begin: behind the header, or behind all of a file that is kept.
     pub l1: u64,
     pub refcount_table: u64,
     pub refcount_table_clusters: u64,
@@ -34,9 +36,9 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Places the parts. The refcounts count themselves, so their number is a fixed point: it is found by
+    /// Places the parts from `base` on, a cluster boundary, not 0. The refcounts count themselves, so their number is a fixed point: it is found by
     /// growing from 0, which ends since each step adds less than the one before.
-    pub fn new(amounts: &Amounts, bits: ClusterBits, refcounts: RefcountWidth) -> Result<Self> {
+    pub fn new(amounts: &Amounts, base: u64, bits: ClusterBits, refcounts: RefcountWidth) -> Result<Self> {
         let size = bits.bytes();
         // None for an empty disk: a cluster that no entry refers to would be a leak.
         let l1_clusters = bits.clusters_in(amounts.l1_entries.saturating_mul(8));
@@ -46,7 +48,7 @@ impl Geometry {
             .try_fold(amounts.composed, |sum, moved| sum.checked_add(*moved))
             .and_then(|sum| sum.checked_add(amounts.compressed));
         let fixed = data
-            .and_then(|data| data.checked_add(1 + l1_clusters))
+            .and_then(|data| data.checked_add(base / size)?.checked_add(l1_clusters))
             .and_then(|sum| sum.checked_add(amounts.l2_tables))
             .filter(|total| *total < 1 << (55 - bits.bits()))
             .ok_or_else(|| too_large("the image would pass 2^55 bytes"))?;
@@ -64,7 +66,7 @@ impl Geometry {
         if table * size > format::MAX_REFCOUNT_TABLE_BYTES {
             return Err(too_large("its refcount table would pass 8 MiB"));
         }
-        let l1 = size;
+        let l1 = base;
         let refcount_table = l1 + l1_clusters * size;
         let refcount_blocks = refcount_table + table * size;
         let l2_tables = refcount_blocks + blocks * size;
@@ -109,18 +111,19 @@ mod tests {
         fn refcounts_cover_themselves_and_everything_else(
             bits in 9u32..=21, order in 0u32..=6, l1_entries in 0u64..5000, l2_tables in 0u64..5000,
             moved in prop::collection::vec(0u64..100_000, 0..4), composed in 0u64..1000, compressed in 0u64..1000,
+            base in prop_oneof![Just(1u64), 1u64..1_000_000],
         ) {
             let bits = ClusterBits::new(bits).unwrap();
             let amounts = Amounts { l1_entries, l2_tables, moved, composed, compressed };
             let width = RefcountWidth::new(order).unwrap();
-            let Ok(geometry) = Geometry::new(&amounts, bits, width) else { return Ok(()) };
+            let Ok(geometry) = Geometry::new(&amounts, base * bits.bytes(), bits, width) else { return Ok(()) };
             let total = geometry.end / bits.bytes();
             let per_block = (bits.bytes() * 8) >> order;
             prop_assert!(geometry.refcount_block_count * per_block >= total);
             prop_assert!(geometry.refcount_table_clusters * bits.bytes() >= geometry.refcount_block_count * 8);
             prop_assert_eq!(
                 total,
-                1 + bits.clusters_in(l1_entries * 8) + geometry.refcount_table_clusters
+                base + bits.clusters_in(l1_entries * 8) + geometry.refcount_table_clusters
                     + geometry.refcount_block_count + l2_tables
                     + amounts.moved.iter().sum::<u64>() + composed + compressed
             );

@@ -95,16 +95,28 @@ impl HostSet {
         self.len == 0
     }
 
-    /// How many units of the set lie before `unit`; `None` if `unit` is not in it.
+    /// Whether `unit` is in it.
     #[must_use]
-    pub fn rank(&self, unit: u64) -> Option<u64> {
+    pub fn contains(&self, unit: u64) -> bool {
+        self.word(unit).is_some_and(|(_, word)| word >> (unit % 64) & 1 == 1)
+    }
+
+    /// The chunk that `unit` falls into, and the word.
+    fn word(&self, unit: u64) -> Option<(&Chunk, u64)> {
         let at = self.chunks.binary_search_by_key(&(unit / CHUNK_UNITS), |chunk| chunk.index).ok()?;
         let chunk = self.chunks.get(at)?;
         let inside = usize::try_from(unit % CHUNK_UNITS).ok()?;
-        let word = chunk.words.get(inside / 64)?;
-        if word >> (inside % 64) & 1 == 0 {
+        Some((chunk, *chunk.words.get(inside / 64)?))
+    }
+
+    /// How many units of the set lie before `unit`; `None` if `unit` is not in it.
+    #[must_use]
+    pub fn rank(&self, unit: u64) -> Option<u64> {
+        let (chunk, word) = self.word(unit)?;
+        if word >> (unit % 64) & 1 == 0 {
             return None;
         }
+        let inside = usize::try_from(unit % CHUNK_UNITS).ok()?;
         let whole: u64 = chunk.words.iter().take(inside / 64).map(|w| u64::from(w.count_ones())).sum();
         let part = u64::from((word & ones(inside as u64 % 64)).count_ones());
         Some(chunk.before + whole + part)
@@ -219,7 +231,7 @@ mod tests {
             let set = set.finish();
             prop_assert_eq!(set.len(), model.len() as u64);
             for (rank, unit) in model.iter().enumerate() {
-                prop_assert_eq!(set.rank(*unit), Some(rank as u64));
+                prop_assert_eq!((set.rank(*unit), set.contains(*unit)), (Some(rank as u64), true));
                 prop_assert_eq!(set.select(rank as u64), Some(*unit));
                 let run = set.run_from(*unit);
                 prop_assert!(run > 0 && (*unit..unit + run).all(|unit| model.contains(&unit)));
@@ -232,7 +244,7 @@ mod tests {
             prop_assert!(runs.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "not maximal");
             for gap in [0u64, 7, 4095, 4096, 25_000] {
                 if !model.contains(&gap) {
-                    prop_assert_eq!((set.rank(gap), set.run_from(gap)), (None, 0));
+                    prop_assert_eq!((set.rank(gap), set.run_from(gap), set.contains(gap)), (None, 0, false));
                 }
             }
         }

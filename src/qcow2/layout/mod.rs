@@ -6,6 +6,9 @@
 //! file follow each other without gaps: header, L1 table, refcount table, refcount blocks, L2 tables, data
 //! moved from each source (in the order it has there), composed clusters, compressed clusters.
 //!
+//! [`Layout::plan_onto`] plans the same image into the file of one of its sources, the *kept* one: what that
+//! holds plain stays where it is, and all other parts follow behind the file's end, the header excepted.
+//!
 //! Memory: one bit per host cluster moved (see [`hostset`]), two bytes per host cluster of compressed data,
 //! the pieces of one cluster, one L2 table. Never a list of clusters.
 
@@ -14,11 +17,13 @@ mod emit;
 mod geometry;
 mod header;
 pub mod hostset;
+mod onto;
 mod packing;
 mod shape;
 
 pub use clusters::{Fill, Piece};
-pub use emit::{Emit, Part};
+pub use emit::{Emit, Part, TableKind};
+pub use onto::{Kept, Sector, Switch, Switched, Unfit, in_place_possible};
 
 use crate::backend::Move;
 use crate::failure::Code;
@@ -127,13 +132,22 @@ pub struct Layout {
     moved_bytes: u64,
     compressed_bytes: u64,
     geometry: Geometry,
-    header: Vec<u8>,
+    head: Head,
+}
+
+/// What becomes of the file's beginning.
+#[derive(Debug)]
+enum Head {
+    /// It is written: the whole first cluster.
+    New(Vec<u8>),
+    /// The file of this layer is kept; its header is switched.
+    Kept { layer: usize, switch: Switch },
 }
 
 /// Where a place of the new file has its bytes from: the inverse of the placement, for the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Moved from `host` of a layer; so are the next `length` bytes.
+    /// Moved from `host` of a layer, or kept there; so are the next `length` bytes.
     Moved {
         /// Which source.
         layer: usize,
@@ -144,7 +158,7 @@ pub enum Origin {
     },
     /// Written by the plan itself: composed, compressed or metadata.
     Written,
-    /// Not part of the file.
+    /// Not part of the image: behind its end, or free in a file that is kept.
     Outside,
 }
 
@@ -158,8 +172,41 @@ impl Layout {
         sources: &[SourceFacts],
         runs: impl Iterator<Item = Result<Run>>,
     ) -> Result<Self> {
+        Self::plan_any(options, sources, None, runs)
+    }
+
+    /// Plans the image into the file of the kept layer. All as [`Layout::plan`], but that layer's plain
+    /// clusters stay at their host offsets and are counted nowhere, and everything else lies from
+    /// [`Kept::base`] on. As long as the kept file has its old header, the same map gives the same plan,
+    /// whatever was written behind the base; of the kept source, `file_length` must be at most the base.
+    ///
+    /// Fails besides if the kept image is none that this is possible with (`mode-impossible`), if its header
+    /// was changed since it was read or has tables behind the base (`changed-meanwhile`), or if a table ends
+    /// there (`truncated`).
+    pub fn plan_onto(
+        options: &ImageOptions,
+        sources: &[SourceFacts],
+        kept: &Kept,
+        runs: impl Iterator<Item = Result<Run>>,
+    ) -> Result<Self> {
+        kept.check(options)?;
+        if !sources.get(kept.layer).is_some_and(|source| source.file_length <= kept.base) {
+            return Err(bad(
+                Code::BadEntry,
+                "the kept layer is no source, or longer than its base".to_owned(),
+            ));
+        }
+        Self::plan_any(options, sources, Some(kept), runs)
+    }
+
+    fn plan_any(
+        options: &ImageOptions,
+        sources: &[SourceFacts],
+        kept: Option<&Kept>,
+        runs: impl Iterator<Item = Result<Run>>,
+    ) -> Result<Self> {
         let refcounts = check_options(options)?;
-        let mut count = Counting::new(options, sources, refcounts);
+        let mut count = Counting::new(options, sources, kept, refcounts);
         let clusters = Clusters::new(runs, options.cluster_bits, options.below_end());
         let shaper = Shaper { options, sources };
         let mut covered = 0;
@@ -189,11 +236,61 @@ impl Layout {
         self.geometry.end
     }
 
-    /// Bytes of header and tables.
+    /// Bytes of header and tables that are written; without the switch of a kept header.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         let size = self.options.cluster_bits.bytes();
-        self.geometry.l2_tables + self.amounts.l2_tables * size
+        let header = match &self.head {
+            Head::New(bytes) => bytes.len() as u64,
+            Head::Kept { .. } => 0,
+        };
+        header + self.geometry.l2_tables - self.geometry.l1 + self.amounts.l2_tables * size
+    }
+
+    /// The layer whose file is kept, if there is one, and where in it the new bytes begin.
+    #[must_use]
+    pub fn kept(&self) -> Option<(usize, u64)> {
+        self.kept_layer().map(|layer| (layer, self.geometry.l1))
+    }
+
+    /// The write that makes a kept file the new image; `None` for a file of its own.
+    #[must_use]
+    pub fn switch(&self) -> Option<&Switch> {
+        match &self.head {
+            Head::New(_) => None,
+            Head::Kept { switch, .. } => Some(switch),
+        }
+    }
+
+    /// The ranges of a kept file, `(start, length)` in bytes, ascending, that belong to nothing once its
+    /// header is switched: old tables, data that something above replaced. The last one ends at the base, and
+    /// may reach behind the old end. Whoever opened the file before may still read them.
+    pub fn superseded(&self) -> impl Iterator<Item = (HostOffset, u64)> + '_ {
+        let size = self.options.cluster_bits.bytes();
+        let layer = self.kept_layer();
+        let used = layer.and_then(|layer| self.moved.get(layer)).into_iter().flat_map(HostSet::runs);
+        // Without a kept file all ends where it begins.
+        let end = if layer.is_some() { self.geometry.l1 / size } else { 1 };
+        let mut free = 1;
+        used.chain([(end, 0)]).filter_map(move |(first, count)| {
+            let gap = (HostOffset(free * size), first.saturating_sub(free) * size);
+            free = first + count;
+            (gap.1 > 0).then_some(gap)
+        })
+    }
+
+    fn kept_layer(&self) -> Option<usize> {
+        match &self.head {
+            Head::New(_) => None,
+            Head::Kept { layer, .. } => Some(*layer),
+        }
+    }
+
+    /// Whether something lies in a cluster before the compressed ones.
+    fn is_used(&self, cluster: u64) -> bool {
+        let behind = cluster >= self.geometry.l1 / self.options.cluster_bits.bytes();
+        let kept = || self.kept_layer().and_then(|layer| self.moved.get(layer));
+        cluster == 0 || behind || kept().is_some_and(|set| set.contains(cluster))
     }
 
     /// Bytes of data that move as they are, without those that lie behind the end of a source.
@@ -227,10 +324,12 @@ impl Layout {
     }
 
     /// The data that moves as it is: maximal runs, in source order, one source after the other; targets go
-    /// up without gaps.
+    /// up without gaps. What is kept does not move.
     pub fn moves(&self) -> impl Iterator<Item = Move> + '_ {
         let bits = self.options.cluster_bits;
-        self.moved.iter().zip(&self.sources).zip(&self.geometry.moved).enumerate().flat_map(
+        let kept = self.kept_layer();
+        let all = self.moved.iter().zip(&self.sources).zip(&self.geometry.moved).enumerate();
+        all.filter(move |(source, _)| Some(*source) != kept).flat_map(
             move |(source, ((set, facts), base))| {
                 let unit = facts.unit_bits(bits).bytes();
                 let mut to = *base;
@@ -251,14 +350,23 @@ impl Layout {
         emit::emit(self, runs)
     }
 
+    /// The refcounts alone, as [`Layout::emit`] gives them.
+    pub fn refcounts(&self) -> impl Iterator<Item = Emit> + '_ {
+        emit::refcounts(self)
+    }
+
     /// Where the bytes at `host` of the new file come from.
     #[must_use]
     pub fn origin(&self, host: HostOffset) -> Origin {
         if host.0 >= self.geometry.end {
             return Origin::Outside;
         }
+        if host.0 < self.geometry.l1 {
+            return self.origin_kept(host);
+        }
         let area = self.geometry.moved.partition_point(|start| *start <= host.0);
-        let found = area.checked_sub(1).and_then(|layer| {
+        let moved = area.checked_sub(1).filter(|layer| Some(*layer) != self.kept_layer());
+        let found = moved.and_then(|layer| {
             let start = self.geometry.moved.get(layer)?;
             let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
             let offset = host.0 - start;
@@ -271,10 +379,28 @@ impl Layout {
         found.unwrap_or(Origin::Written)
     }
 
+    /// The same before the first byte that is placed: the header, and what is kept.
+    fn origin_kept(&self, host: HostOffset) -> Origin {
+        let bits = self.options.cluster_bits;
+        if host.0 < bits.bytes() {
+            return Origin::Written;
+        }
+        let kept = self.kept_layer().and_then(|layer| Some((layer, self.moved.get(layer)?)));
+        match kept.map(|(layer, set)| (layer, set.run_from(host.0 / bits.bytes()))) {
+            Some((layer, count)) if count > 0 => {
+                Origin::Moved { layer, host, length: count * bits.bytes() - bits.within(host.0) }
+            }
+            _ => Origin::Outside,
+        }
+    }
+
     /// Where the cluster at `host` of a source goes.
     fn placed(&self, layer: usize, host: HostOffset) -> Option<HostOffset> {
         let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
         let rank = self.moved.get(layer)?.rank(host.0 / unit.bytes())?;
+        if Some(layer) == self.kept_layer() {
+            return Some(host);
+        }
         Some(HostOffset(self.geometry.moved.get(layer)? + rank * unit.bytes()))
     }
 }
@@ -338,6 +464,7 @@ fn pieces_limit(width: RefcountWidth) -> u64 {
 struct Counting<'a> {
     options: &'a ImageOptions,
     sources: &'a [SourceFacts],
+    kept: Option<&'a Kept>,
     moved: Vec<Collecting>,
     moved_bytes: u64,
     packing: Packing,
@@ -351,10 +478,16 @@ struct Counting<'a> {
 }
 
 impl<'a> Counting<'a> {
-    fn new(options: &'a ImageOptions, sources: &'a [SourceFacts], refcounts: RefcountWidth) -> Self {
+    fn new(
+        options: &'a ImageOptions,
+        sources: &'a [SourceFacts],
+        kept: Option<&'a Kept>,
+        refcounts: RefcountWidth,
+    ) -> Self {
         Self {
             options,
             sources,
+            kept,
             moved: sources.iter().map(|_| Collecting::default()).collect(),
             moved_bytes: 0,
             packing: Packing::new(options.cluster_bits, pieces_limit(refcounts)),
@@ -401,7 +534,9 @@ impl<'a> Counting<'a> {
         };
         let unit = source.unit_bits(target).bytes();
         let bytes = count * target.bytes();
-        self.moved_bytes += bytes.min(source.file_length.saturating_sub(host.0));
+        if self.kept.is_none_or(|kept| kept.layer != layer) {
+            self.moved_bytes += bytes.min(source.file_length.saturating_sub(host.0));
+        }
         if !set.insert(host.0 / unit, bytes / unit) {
             return Err(bad(
                 Code::SharedCluster,
@@ -416,11 +551,15 @@ impl<'a> Counting<'a> {
         let moved: Vec<HostSet> = self.moved.into_iter().map(Collecting::finish).collect();
         let version = if self.needs_zero { options.version.max(3) } else { options.version };
         let format = options.entry_format(version);
-        let l1_entries = options.virtual_size.div_ceil(format.bytes_per_table());
+        let needed = options.virtual_size.div_ceil(format.bytes_per_table());
+        let l1_entries = self.kept.map_or(needed, |kept| needed.max(kept.header.l1_entries));
         if l1_entries * 8 > format::MAX_L1_BYTES {
             return Err(geometry::too_large("its L1 table would pass 32 MiB"));
         }
-        let clusters = moved.iter().zip(sources).map(|(set, source)| {
+        let clusters = moved.iter().zip(sources).enumerate().map(|(layer, (set, source))| {
+            if self.kept.is_some_and(|kept| kept.layer == layer) {
+                return 0;
+            }
             let ratio = options.cluster_bits.bytes() / source.unit_bits(options.cluster_bits).bytes();
             set.len() / ratio
         });
@@ -431,8 +570,12 @@ impl<'a> Counting<'a> {
             composed: self.composed,
             compressed: self.packing.clusters(),
         };
-        let geometry = Geometry::new(&amounts, options.cluster_bits, refcounts)?;
-        let header = header::encode(options, version, l1_entries, &geometry)?;
+        let base = self.kept.map_or(options.cluster_bits.bytes(), |kept| kept.base);
+        let geometry = Geometry::new(&amounts, base, options.cluster_bits, refcounts)?;
+        let head = match self.kept {
+            None => Head::New(header::encode(options, version, l1_entries, &geometry)?),
+            Some(kept) => Head::Kept { layer: kept.layer, switch: Switch::plan(kept, l1_entries, &geometry) },
+        };
         Ok(Layout {
             options: options.clone(),
             version,
@@ -444,7 +587,7 @@ impl<'a> Counting<'a> {
             moved_bytes: self.moved_bytes,
             compressed_bytes: self.compressed_bytes,
             geometry,
-            header,
+            head,
         })
     }
 }

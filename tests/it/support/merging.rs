@@ -18,7 +18,7 @@ use qchain::units::GuestOffset;
 use super::builder::{Cell, Format, Spec, mix};
 
 /// What stores of this kind align clones to.
-const CLONE_ALIGNMENT: u64 = 4096;
+pub const CLONE_ALIGNMENT: u64 = 4096;
 
 /// A chain in a store, the base first.
 #[derive(Debug)]
@@ -148,24 +148,34 @@ impl Merged {
 
     /// Parses the file again and proves it.
     pub fn prove(&self) -> Result<Proof, ProofError<ImageError>> {
-        let read = ProofError::Read;
-        let old = OpenChain::of(self.upper.images().chain(self.lower.images()).cloned().collect());
-        let new = self.chain().map_err(read)?;
-        let alone = OpenChain::of(vec![self.image().map_err(read)?]);
-        let below_end = self.lower.virtual_size();
-        prove(&self.layout, self.upper.map(), alone.map(), below_end, |ranges| {
-            for (at, length) in ranges {
-                let length = usize::try_from(*length).unwrap();
-                let (mut a, mut b) = (vec![0; length], vec![0; length]);
-                old.read(*at, &mut a)?;
-                new.read(*at, &mut b)?;
-                if a != b {
-                    return Ok(Some((*at, length as u64)));
-                }
-            }
-            Ok(None)
-        })
+        let image = self.image().map_err(ProofError::Read)?;
+        proof(&self.layout, &self.upper, &self.lower, image)
     }
+}
+
+/// Proves that an image over `lower` shows what `upper` does there.
+pub fn proof(
+    layout: &Layout,
+    upper: &OpenChain,
+    lower: &OpenChain,
+    image: Image,
+) -> Result<Proof, ProofError<ImageError>> {
+    let below = || lower.images().cloned();
+    let old = OpenChain::of(upper.images().cloned().chain(below()).collect());
+    let new = OpenChain::of(std::iter::once(image.clone()).chain(below()).collect());
+    let alone = OpenChain::of(vec![image]);
+    prove(layout, upper.map(), alone.map(), lower.virtual_size(), |ranges| {
+        for (at, length) in ranges {
+            let length = usize::try_from(*length).unwrap();
+            let (mut a, mut b) = (vec![0; length], vec![0; length]);
+            old.read(*at, &mut a)?;
+            new.read(*at, &mut b)?;
+            if a != b {
+                return Ok(Some((*at, length as u64)));
+            }
+        }
+        Ok(None)
+    })
 }
 
 /// A runner that makes the same cases each time, so that a failure can be looked at again.
@@ -188,28 +198,36 @@ pub fn format() -> impl Strategy<Value = Format> {
 
 /// Any image of one of these sizes.
 pub fn spec(sizes: impl Strategy<Value = u64>) -> impl Strategy<Value = Spec> {
-    (format(), sizes, any::<u64>(), any::<bool>(), any::<bool>(), 1u64..24).prop_map(
-        |(format, size, seed, scattered, stale, calm)| {
-            let mut spec = Spec { scattered, stale, ..Spec::new(format, size, seed) };
-            for cluster in 0..size.div_ceil(format.cluster()) {
-                // Neighbours are often alike.
-                let kind = mix(seed, (cluster + seed % 7) / calm.div_ceil(4) + 1_000_000) % 8;
-                let (a, b) = (mix(seed, cluster + 2_000_000), mix(seed, cluster + 3_000_000));
-                let low = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap();
-                let (allocated, zero) = (low(a & b >> 7), low(b));
-                let cell = match kind {
-                    0 | 1 => Cell::Below,
-                    2 if format.version == 3 => Cell::Zero,
-                    3 if format.version == 3 => Cell::ZeroKept,
-                    4 => Cell::Compressed,
-                    5 | 6 if format.extended => Cell::Subs(allocated, zero & !allocated),
-                    _ => Cell::Data,
-                };
-                spec.cells.insert(cluster, cell);
-            }
-            spec
-        },
-    )
+    (format(), sizes, shuffle()).prop_map(|(format, size, shuffle)| spec_of(format, size, shuffle))
+}
+
+/// What an image of one format and size is made from: seed, scattered, stale, calm.
+pub type Shuffle = (u64, bool, bool, u64);
+
+pub fn shuffle() -> impl Strategy<Value = Shuffle> {
+    (any::<u64>(), any::<bool>(), any::<bool>(), 1u64..24)
+}
+
+/// An image with clusters of all kinds.
+pub fn spec_of(format: Format, size: u64, (seed, scattered, stale, calm): Shuffle) -> Spec {
+    let mut spec = Spec { scattered, stale, ..Spec::new(format, size, seed) };
+    for cluster in 0..size.div_ceil(format.cluster()) {
+        // Neighbours are often alike.
+        let kind = mix(seed, (cluster + seed % 7) / calm.div_ceil(4) + 1_000_000) % 8;
+        let (a, b) = (mix(seed, cluster + 2_000_000), mix(seed, cluster + 3_000_000));
+        let low = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap();
+        let (allocated, zero) = (low(a & b >> 7), low(b));
+        let cell = match kind {
+            0 | 1 => Cell::Below,
+            2 if format.version == 3 => Cell::Zero,
+            3 if format.version == 3 => Cell::ZeroKept,
+            4 => Cell::Compressed,
+            5 | 6 if format.extended => Cell::Subs(allocated, zero & !allocated),
+            _ => Cell::Data,
+        };
+        spec.cells.insert(cluster, cell);
+    }
+    spec
 }
 
 /// Disk sizes with a liking for edges; whole sectors.

@@ -7,6 +7,7 @@ pub mod forked;
 pub mod images;
 pub mod merging;
 pub mod mounts;
+pub mod onto;
 pub mod open;
 pub mod qemu;
 pub mod reader;

@@ -1,10 +1,14 @@
-//! Writes a planned image into an empty file.
+//! Writes a planned image into an empty file, or ([`write_onto`]) behind the end of one that is kept.
 //!
-//! The header comes last: a file that was cut off by a crash has no magic and is taken for no image. Nothing
-//! here syncs or names the file; the caller seals and publishes it.
+//! In an empty file the header comes last: one that was cut off by a crash has no magic and is taken for no
+//! image. Nothing but [`write_onto`] and [`switch`] syncs, and nothing names the file; the caller seals and
+//! publishes it.
+
+mod onto;
 
 use std::sync::Arc;
 
+pub use onto::{Step, switch, switch_state, write_onto};
 use rayon::prelude::*;
 
 use crate::backend::{BackendError, Means, Move, Moved, StoreFile};
@@ -12,7 +16,7 @@ use crate::failure::Code;
 use crate::progress::{Cancel, Progress};
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::image::Image;
-use crate::qcow2::layout::{Emit, Fill, Layout, Part};
+use crate::qcow2::layout::{Emit, Fill, Layout, Part, TableKind};
 use crate::qcow2::map::{CompressedCluster, Run};
 use crate::units::GuestOffset;
 
@@ -53,7 +57,7 @@ pub struct Written {
     pub metadata_bytes: u64,
 }
 
-/// Writes the image. `runs` must be the very map the layout was planned from. After an error the file is of
+/// Writes the image into an empty file. `runs` must be the very map the layout was planned from. After an error the file is of
 /// no use.
 pub fn write(
     layout: &Layout,
@@ -61,24 +65,31 @@ pub fn write(
     sources: &Sources<'_>,
     runs: impl Iterator<Item = Result<Run>>,
 ) -> Result<Written> {
-    let name = target.path().to_string();
-    let store = |source: BackendError| ImageError::Store { image: name.clone(), source };
-    target.set_length(layout.file_length()).map_err(store)?;
+    target.set_length(layout.file_length()).map_err(|source| store_error(target, source))?;
     let mut written = Written::default();
-    let moved = move_all(layout, target, sources)?;
-    written.cloned_bytes = moved.cloned_bytes;
-    written.data_bytes = moved.copied_bytes;
+    move_all(layout, target, sources, &mut written)?;
+    write_all(layout.emit(runs), target, sources, &mut written)?;
+    Ok(written)
+}
+
+/// Writes what a layout emits, a header after all else.
+fn write_all(
+    emits: impl Iterator<Item = Result<Emit>>,
+    target: &dyn StoreFile,
+    sources: &Sources<'_>,
+    written: &mut Written,
+) -> Result<()> {
     let mut pending = Vec::new();
     let mut pending_bytes = 0;
-    for emit in layout.emit(runs) {
+    for emit in emits {
         match emit? {
-            Emit::Table { to, bytes } => {
+            Emit::Table { kind, to, bytes } => {
                 // All else may come in any order: without a header there is no image.
-                if to.0 == 0 {
+                if kind == TableKind::Header {
                     flush(&mut pending, &mut pending_bytes, target, sources)?;
                 }
                 check(sources.cancel, target)?;
-                target.write_at(to.0, &bytes).map_err(store)?;
+                target.write_at(to.0, &bytes).map_err(|source| store_error(target, source))?;
                 written.metadata_bytes += bytes.len() as u64;
             }
             data @ (Emit::Composed { .. } | Emit::Compressed { .. }) => {
@@ -93,11 +104,19 @@ pub fn write(
             }
         }
     }
-    flush(&mut pending, &mut pending_bytes, target, sources)?;
-    Ok(written)
+    flush(&mut pending, &mut pending_bytes, target, sources)
 }
 
-fn move_all(layout: &Layout, target: &dyn StoreFile, sources: &Sources<'_>) -> Result<Moved> {
+fn store_error(target: &dyn StoreFile, source: BackendError) -> ImageError {
+    ImageError::Store { image: target.path().to_string(), source }
+}
+
+fn move_all(
+    layout: &Layout,
+    target: &dyn StoreFile,
+    sources: &Sources<'_>,
+    written: &mut Written,
+) -> Result<()> {
     let files: Vec<Arc<dyn StoreFile>> = sources.layers.iter().map(|layer| layer.file().clone()).collect();
     let mut done = Moved::default();
     let mut moves = layout.moves().flat_map(in_batches).peekable();
@@ -114,14 +133,15 @@ fn move_all(layout: &Layout, target: &dyn StoreFile, sources: &Sources<'_>) -> R
         }
         for (runs, means) in [(&clones, Means::Clone), (&copies, Means::Copy)] {
             if !runs.is_empty() {
-                done += target
-                    .move_runs(&files, runs, means)
-                    .map_err(|source| ImageError::Store { image: target.path().to_string(), source })?;
+                done +=
+                    target.move_runs(&files, runs, means).map_err(|source| store_error(target, source))?;
             }
         }
         sources.progress.advance(bytes);
     }
-    Ok(done)
+    written.cloned_bytes += done.cloned_bytes;
+    written.data_bytes += done.copied_bytes;
+    Ok(())
 }
 
 /// A run in parts of at most a batch: a run may be as long as a disk.
@@ -167,7 +187,7 @@ fn flush(
 
 /// Puts together and writes some neighbouring clusters: what follows each other in the file in one call.
 fn write_chunk(emits: &[Emit], target: &dyn StoreFile, sources: &Sources<'_>) -> Result<()> {
-    let store = |source| ImageError::Store { image: target.path().to_string(), source };
+    let store = |source| store_error(target, source);
     let mut composer = Composer { sources, inflated: None };
     let mut held: Option<(u64, Vec<u8>)> = None;
     for emit in emits {
@@ -195,7 +215,7 @@ impl Composer<'_> {
     /// Where bytes go, and which.
     fn bytes(&mut self, emit: &Emit) -> Result<(u64, Vec<u8>)> {
         match emit {
-            Emit::Table { to, bytes } => Ok((to.0, bytes.clone())),
+            Emit::Table { to, bytes, .. } => Ok((to.0, bytes.clone())),
             Emit::Composed { to, length, parts } => {
                 let mut buffer = vec![0; usize::try_from(*length).unwrap_or_default()];
                 for part in parts {
