@@ -7,7 +7,7 @@
 //! - [`map`]: an image's own allocation as an iterator of runs; the types every layer above speaks in.
 //! - [`image`]: an open image: a file, its header, windows of its tables.
 //! - [`layout`]: the byte-exact plan of an image to be, as a pure function of a map.
-//! - [`mod@write`]: puts a planned image into a file.
+//! - [`mod@write`]: puts a planned image into a file: an empty one, or behind the end of one that is kept.
 //! - [`check`]: refcounts, overlaps, metadata past the end: findings, not errors.
 //!
 //! Every number from a file is untrusted: sizes are capped before memory is taken, arithmetic is checked,

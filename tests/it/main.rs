@@ -14,6 +14,7 @@ mod delete_trees;
 mod frozen;
 mod merge_model;
 mod merge_onto;
+mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
 mod qcow2_check;

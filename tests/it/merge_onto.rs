@@ -48,8 +48,8 @@ impl Case {
     }
 
     /// The chain in a store, all of it durable.
-    fn build(&self, store: Arc<dyn Backend>) -> Chain {
-        let chain = Chain::build(Arc::clone(&store), self.clones, self.specs.clone());
+    fn build(&self, store: &Arc<MemoryStore>) -> Chain {
+        let chain = Chain::build(store.clone(), self.clones, self.specs.clone());
         let kept = chain.images[self.bottom].file();
         kept.set_length(kept.stat().unwrap().length - self.cut).unwrap();
         chain.images.iter().for_each(|image| image.file().sync().unwrap());
@@ -90,7 +90,7 @@ impl Case {
     /// The result, and the base of the plan.
     fn reference(&self) -> (Vec<u8>, u64) {
         let store = self.store();
-        self.build(store.clone());
+        self.build(&store);
         let onto = self.open(&*store);
         let layout = onto.plan(None).unwrap();
         onto.write(&layout, |_| Ok(())).unwrap();
@@ -140,7 +140,7 @@ fn assert_superseded(case: &Case, layout: &Layout, file: &dyn StoreFile) {
 
 fn merged_onto(case: &Case) {
     let store = case.store();
-    let chain = case.build(store.clone());
+    let chain = case.build(&store);
     let before = case.kept_bytes(&*store);
     let onto = case.open(&*store);
     let layout = onto.plan(None).unwrap();
@@ -230,7 +230,7 @@ struct Cut {
 /// Cuts the work off at its `at`-th mutating call, looks, and does it again; `false` when there was none.
 fn cut_off(case: &Case, reference: &[u8], base: u64, cut: Cut) -> bool {
     let memory = case.store();
-    let mut chain = case.build(memory.clone());
+    let mut chain = case.build(&memory);
     let faulty = Faulty::new(memory.clone());
     let onto = case.open(&faulty);
     let layout = onto.plan(None).unwrap();
@@ -294,7 +294,7 @@ fn plain(bits: u32) -> Case {
 fn the_switch_is_one_write_and_a_torn_one_is_finished() {
     let case = plain(16);
     let memory = case.store();
-    let chain = case.build(memory.clone());
+    let chain = case.build(&memory);
     let faulty = Faulty::new(memory.clone());
     let onto = case.open(&faulty);
     let layout = onto.plan(None).unwrap();
@@ -323,7 +323,7 @@ fn what_stays_costs_nothing_and_clones_write_no_data() {
     for clones in [true, false] {
         let case = Case { clones, ..plain(16) };
         let store = case.store();
-        case.build(store.clone());
+        case.build(&store);
         let onto = case.open(&*store);
         let layout = onto.plan(None).unwrap();
         let written = onto.write(&layout, |_| Ok(())).unwrap();
@@ -346,7 +346,7 @@ fn what_stays_costs_nothing_and_clones_write_no_data() {
 fn a_file_of_another_length_is_refused() {
     let case = plain(12);
     let store = case.store();
-    case.build(store.clone());
+    case.build(&store);
     let onto = case.open(&*store);
     let layout = onto.plan(None).unwrap();
     let (_, base) = layout.kept().unwrap();
@@ -414,17 +414,45 @@ fn members_that_differ_do_not_fit() {
 fn autoclear_bits_are_cleared_and_the_rest_of_the_header_stays() {
     let case = plain(9);
     let store = case.store();
-    case.build(store.clone());
+    let chain = case.build(&store);
     let file = store.open_writable(&path("layer0")).unwrap();
     file.write_at(f::AT_AUTOCLEAR as u64, &[0x80, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    // More L1 entries than the disk needs are as many afterwards.
+    file.write_at(f::AT_L1_ENTRIES as u64, &60u32.to_be_bytes()).unwrap();
     let before = case.kept_bytes(&*store);
     let onto = case.open(&*store);
     let layout = onto.plan(None).unwrap();
     onto.write(&layout, |_| Ok(())).unwrap();
+    assert_clean(&onto.image_to_be(&layout), "to be");
+    assert!(view(&onto.over_lower(onto.image_to_be(&layout))) == chain.views[1]);
     switch(layout.switch().unwrap(), &*onto.target).unwrap();
     let after = case.kept_bytes(&*store);
     assert!(after[f::AT_AUTOCLEAR..f::AT_AUTOCLEAR + 8] == [0; 8]);
     assert!(after[..f::AT_L1_OFFSET] == before[..f::AT_L1_OFFSET]);
     assert!(after[f::AT_SNAPSHOT_COUNT..f::AT_AUTOCLEAR] == before[f::AT_SNAPSHOT_COUNT..f::AT_AUTOCLEAR]);
     assert!(after[f::AT_AUTOCLEAR + 8..512] == before[f::AT_AUTOCLEAR + 8..512]);
+}
+
+/// A compressed cluster may claim bytes behind the end of its file, where the plan has written since.
+#[test]
+fn what_was_appended_is_not_read_when_it_is_done_again() {
+    let mut case = plain(16);
+    case.specs[0].cells.insert(0, Cell::Compressed);
+    let store = case.store();
+    let chain = case.build(&store);
+    let file = store.open_writable(&path("layer0")).unwrap();
+    let length = file.stat().unwrap().length;
+    let mut entry = [0; 8];
+    file.read_at(chain.images[0].header().l1_offset.0, &mut entry).unwrap();
+    let table = u64::from_be_bytes(entry) & f::ENTRY_OFFSET_MASK;
+    let claim = f::ENTRY_COMPRESSED | 255 << 54 | (length - 512);
+    file.write_at(table, &claim.to_be_bytes()).unwrap();
+    let mut results = Vec::new();
+    for base in [None, Some(length)] {
+        let onto = case.open(&*store);
+        let layout = onto.plan(base).unwrap();
+        onto.write(&layout, |_| Ok(())).unwrap();
+        results.push(case.kept_bytes(&*store));
+    }
+    assert!(results[0] == results[1]);
 }

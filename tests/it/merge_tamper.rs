@@ -7,10 +7,12 @@ use proptest::prelude::*;
 use qchain::backend::faulty::Faulty;
 use qchain::backend::memory::MemoryStore;
 use qchain::qcow2::check::{Limits, check};
+use qchain::qcow2::write::switch;
 use qchain::qcow2::{CompressionType, Image};
 
 use crate::support::builder::{Cell, Format, Spec};
-use crate::support::merging::{Chain, Merged, bytes_of, seeded, sizes, spec};
+use crate::support::merging::{Chain, Merged, bytes_of, layer_name, seeded, sizes, spec};
+use crate::support::onto::Onto;
 
 const K64: u64 = 65_536;
 const COPIED: u64 = 1 << 63;
@@ -189,6 +191,37 @@ fn damage_to_random_merges_is_noticed() {
         .unwrap();
     eprintln!("{tally:?}");
     assert!(tally.caught > 1000, "{tally:?}");
+}
+
+/// A result in the file of its lowest member: entries may point at what was there before, too.
+#[test]
+fn damage_to_a_file_that_was_kept_is_noticed() {
+    use Cell::{Below, Compressed, Data, Subs, Zero, ZeroKept};
+    let mut tally = Tally::default();
+    for (bits, extended) in [(12, false), (14, true), (16, false)] {
+        let format = Format { extended, ..Format::plain(bits) };
+        let spec = |seed, cells: &[Cell]| {
+            let spec = Spec::new(format, (10 << bits) - 512, seed);
+            (0..).zip(cells.iter().cloned()).fold(spec, |spec, (at, cell)| spec.cell(at, cell))
+        };
+        let part = if extended { Subs(0x0f0f_00ff, 0xf000_ff00) } else { Data };
+        let upper = [Data, Zero, Below, Compressed, part.clone(), Below, Below, ZeroKept, Below, Data];
+        let middle = [Data, Data, Data, Data, Below, part, Compressed, Below, Data, Data];
+        let specs = [spec(1, &vec![Data; 10]), spec(2, &middle), spec(3, &upper)];
+        for bottom in [0, 1] {
+            let chain = Chain::in_memory(true, specs.to_vec());
+            let names: Vec<String> = (0..3).rev().map(layer_name).collect();
+            let onto = Onto::open(&*chain.store, &names, 3 - bottom, true);
+            let layout = onto.plan(None).unwrap();
+            let written = onto.write(&layout, |_| Ok(())).unwrap();
+            switch(layout.switch().unwrap(), &*onto.target).unwrap();
+            let Onto { upper, lower, target: file, .. } = onto;
+            let merged = Merged { layout, written, file, name: "kept".to_owned(), upper, lower };
+            tamper_all(&merged, &chain.views[2], &mut tally);
+        }
+    }
+    eprintln!("{tally:?}");
+    assert!(tally.caught > 300, "{tally:?}");
 }
 
 /// The same where the product writes: a store that changes a table on its way down.

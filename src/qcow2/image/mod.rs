@@ -60,12 +60,12 @@ impl Image {
             Ok(bytes)
         };
         let file_length = file.stat().map_err(failed)?.length;
-        let header = match parse_prefix(name, file_length, &start(file_length.min(FIRST_READ_BYTES))?)? {
-            Some(header) => header,
-            None => {
-                let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
-                Header::parse(name, file_length, &start(whole)?)?
-            }
+        let first = start(file_length.min(FIRST_READ_BYTES))?;
+        let header = if let Some(header) = parse_prefix(name, file_length, &first)? {
+            header
+        } else {
+            let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
+            Header::parse(name, file_length, &start(whole)?)?
         };
         Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length })
     }

@@ -190,7 +190,7 @@ impl Layout {
         runs: impl Iterator<Item = Result<Run>>,
     ) -> Result<Self> {
         kept.check(options)?;
-        if !sources.get(kept.layer).is_some_and(|source| source.file_length <= kept.base) {
+        if sources.get(kept.layer).is_none_or(|source| source.file_length > kept.base) {
             return Err(bad(
                 Code::BadEntry,
                 "the kept layer is no source, or longer than its base".to_owned(),
