@@ -485,10 +485,17 @@ mod tests {
 
     use super::{Faulty, Lasting};
     use crate::backend::memory::MemoryStore;
-    use crate::backend::{Backend, BackendError};
+    use crate::backend::{Backend, BackendError, Result};
     use crate::ids::StorePath;
 
+    const EPERM: i32 = 1;
+    const EINTR: i32 = 4;
+    const EIO: i32 = 5;
+    const EINVAL: i32 = 22;
     const ENOSPC: i32 = 28;
+    const EOPNOTSUPP: i32 = 95;
+    const ESTALE: i32 = 116;
+    const EDQUOT: i32 = 122;
 
     fn path(text: &str) -> StorePath {
         StorePath::parse(text).unwrap()
@@ -543,5 +550,89 @@ mod tests {
         let other = store.clone();
         store.before(0, move || drop(other.create(&path("a"))));
         assert!(matches!(store.create(&path("a")), Err(BackendError::AlreadyExists { .. })));
+    }
+
+    #[test]
+    fn hooks_run_around_their_mutating_call() {
+        let memory = Arc::new(MemoryStore::new());
+        let store = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+        let (first, second) = (Arc::clone(&memory), Arc::clone(&memory));
+        store.before_mutation(1, move || {
+            assert!(first.stat(&path("b")).is_err());
+            first.remove_file(&path("a")).unwrap();
+        });
+        store.after_mutation(1, move || second.rename(&path("b"), &path("c")).unwrap());
+        store.create(&path("a")).unwrap();
+        // Reads are not counted.
+        assert!(store.stat(&path("a")).is_ok());
+        store.create(&path("b")).unwrap();
+        assert!(store.stat(&path("a")).is_err() && store.stat(&path("b")).is_err());
+        assert!(store.stat(&path("c")).is_ok());
+        // After a failed call, too.
+        store.fail_at(2, EIO, Lasting::Once);
+        store.after_mutation(2, move || memory.remove_file(&path("c")).unwrap());
+        assert!(store.create(&path("d")).is_err());
+        assert!(store.stat(&path("c")).is_err());
+    }
+
+    #[test]
+    fn every_error_number_comes_out_as_what_it_means() {
+        let fails = |errno, call: fn(&dyn Backend) -> Result<()>| {
+            let memory = Arc::new(MemoryStore::new());
+            memory.create(&path("a")).unwrap();
+            memory.create(&path("b")).unwrap();
+            let store = Faulty::new(memory);
+            store.fail_at(0, errno, Lasting::Once);
+            call(&store).unwrap_err()
+        };
+        for errno in [ENOSPC, EDQUOT] {
+            for call in [
+                (|store| store.rename(&path("a"), &path("c"))) as fn(&dyn Backend) -> Result<()>,
+                |store| store.open_writable(&path("a"))?.write_at(0, b"x"),
+                |store| store.open_writable(&path("a"))?.reserve(0, 1).map(drop),
+                |store| store.sync_dir(&StorePath::root()),
+            ] {
+                assert!(matches!(fails(errno, call), BackendError::NoSpace { .. }), "{errno}");
+            }
+        }
+        for errno in [EIO, ESTALE, EINTR] {
+            let error = fails(errno, |store| store.exchange(&path("a"), &path("b")));
+            assert!(!error.is_unsupported());
+            let BackendError::Io { source, .. } = error else { panic!("{errno}: {error:?}") };
+            assert_eq!(source.raw_os_error(), Some(errno));
+        }
+        assert!(fails(EINVAL, |store| store.exchange(&path("a"), &path("b"))).is_unsupported());
+        assert!(fails(EPERM, |store| store.hard_link(&path("a"), &path("c"))).is_unsupported());
+        assert!(!fails(EPERM, |store| store.rename(&path("a"), &path("b"))).is_unsupported());
+    }
+
+    #[test]
+    fn space_that_cannot_be_reserved_is_no_error() {
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        let file = store.create(&path("a")).unwrap();
+        store.fail_at(1, EOPNOTSUPP, Lasting::Onwards);
+        assert!(!file.reserve(0, 4096).unwrap());
+        assert!(!file.punch(0, 4096).unwrap());
+        assert_eq!(store.mutations(), 3);
+    }
+
+    #[test]
+    fn both_names_are_recorded() {
+        let store = Faulty::new(Arc::new(MemoryStore::new()));
+        store.create(&path("a")).unwrap();
+        store.hard_link(&path("a"), &path("b")).unwrap();
+        store.exchange(&path("a"), &path("b")).unwrap();
+        store.rename(&path("b"), &path("c")).unwrap();
+        let pairs: Vec<_> = store.trace().into_iter().map(|call| (call.name, call.from, call.path)).collect();
+        let pair = |name, from: Option<&str>, to| (name, from.map(path), path(to));
+        assert_eq!(
+            pairs,
+            [
+                pair("create", None, "a"),
+                pair("hard_link", Some("a"), "b"),
+                pair("exchange", Some("a"), "b"),
+                pair("rename", Some("b"), "c"),
+            ]
+        );
     }
 }

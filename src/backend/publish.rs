@@ -219,10 +219,10 @@ fn sync_directories(backend: &dyn Backend, temporary: &StorePath, target: &Store
 mod tests {
     use std::sync::Arc;
 
-    use super::{publish, replace, write_new};
+    use super::{link, publish, replace, swap, write_new};
     use crate::backend::faulty::{Faulty, Lasting};
     use crate::backend::memory::MemoryStore;
-    use crate::backend::{Backend, Result};
+    use crate::backend::{Backend, BackendError, Result};
     use crate::ids::StorePath;
 
     const EIO: i32 = 5;
@@ -310,5 +310,47 @@ mod tests {
         faulty.before(4, move || other.rename(&path("t"), &path("a")).unwrap());
         publish(&faulty, &path("t"), &path("a")).unwrap();
         assert_eq!(content(&memory, "a").unwrap(), b"new");
+    }
+
+    /// Two durable files in two directories.
+    fn two() -> Arc<MemoryStore> {
+        let memory = Arc::new(MemoryStore::new());
+        for (directory, name) in [("d", "d/a"), ("e", "e/b")] {
+            memory.create_dir(&path(directory), true).unwrap();
+            durable(memory.as_ref(), name, name.as_bytes());
+        }
+        memory.sync_dir(&StorePath::root()).unwrap();
+        memory
+    }
+
+    #[test]
+    fn a_swap_is_never_half() {
+        let (old, new) = ([&b"d/a"[..], b"e/b"], [&b"e/b"[..], b"d/a"]);
+        for n in 0..4 {
+            for seed in 0..64 {
+                let memory = two();
+                let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+                faulty.fail_at(n, EIO, Lasting::Dead);
+                let done = swap(&faulty, &path("d/a"), &path("e/b")).is_ok();
+                assert_eq!(done, n == 3, "an exchange and two syncs");
+                memory.crash_seeded(seed);
+                let is = ["d/a", "e/b"].map(|name| content(&memory, name).unwrap());
+                assert!(is == new || (!done && is == old), "cut off at {n}, {seed}: {is:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_asked_for_twice_is_one() {
+        let memory = two();
+        let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+        let other = Arc::clone(&memory);
+        // The server did it, its answer was lost.
+        faulty.before_mutation(0, move || other.hard_link(&path("d/a"), &path("e/c")).unwrap());
+        link(&faulty, &path("d/a"), &path("e/c")).unwrap();
+        memory.crash();
+        assert_eq!(memory.stat(&path("e/c")).unwrap().links, 2);
+        let taken = link(memory.as_ref(), &path("d/a"), &path("e/b"));
+        assert!(matches!(taken, Err(BackendError::AlreadyExists { .. })), "{taken:?}");
     }
 }

@@ -13,6 +13,7 @@ use qchain::backend::conformance;
 use qchain::backend::faulty::Faulty;
 use qchain::backend::memory::MemoryStore;
 use qchain::backend::posix::PosixStore;
+use qchain::backend::slow::Slow;
 use qchain::backend::{Backend, BackendError, FileKind, LockKind, Means, Move};
 use qchain::ids::StorePath;
 
@@ -34,6 +35,16 @@ fn path(text: &str) -> StorePath {
 fn memory_conforms() {
     passes(&(Arc::new(MemoryStore::new()) as Arc<dyn Backend>));
     passes(&(Arc::new(MemoryStore::new().with_clone(false)) as Arc<dyn Backend>));
+    let poor = MemoryStore::new().with_clone(false).with_hard_links(false).with_exchange(false);
+    passes(&(Arc::new(poor) as Arc<dyn Backend>));
+}
+
+#[test]
+fn slow_conforms() {
+    let slow = Slow::new(Arc::new(MemoryStore::new()), Duration::from_micros(50), 1 << 30);
+    let found = slow.probe(&StorePath::root()).unwrap();
+    assert!(found.network && !found.clone && found.clone_alignment == 0, "{found:?}");
+    passes(&(Arc::new(slow) as Arc<dyn Backend>));
 }
 
 #[test]
@@ -122,6 +133,43 @@ fn a_full_store_says_so() {
     assert!(matches!(full, Err(BackendError::NoSpace { .. })), "{full:?}");
 }
 
+#[test]
+fn reserved_space_is_there_when_the_store_is_full() {
+    for kind in [FsKind::Ext4, FsKind::Xfs] {
+        let mount = LoopMount::new(kind, 400 << 20);
+        let store = posix(&mount.path());
+        let (kept, other) = (store.create(&path("kept")).unwrap(), store.create(&path("other")).unwrap());
+        assert!(kept.reserve(0, 8 << 20).unwrap());
+        assert!(matches!(kept.reserve(0, 1 << 30), Err(BackendError::NoSpace { .. })));
+        kept.set_length(0).unwrap();
+        assert!(kept.reserve(0, 8 << 20).unwrap());
+        let block = vec![1; 1 << 20];
+        let full = (0..400).try_for_each(|n| other.write_at(n << 20, &block).and_then(|()| other.sync()));
+        assert!(matches!(full, Err(BackendError::NoSpace { .. })), "{full:?}");
+        for n in 0..8 {
+            kept.write_at(n << 20, &block).unwrap();
+        }
+        kept.sync().unwrap();
+    }
+}
+
+#[test]
+fn a_local_path_is_that_of_the_directory_that_was_opened() {
+    let outer = tempfile::tempdir().unwrap();
+    let (here, there) = (outer.path().join("here"), outer.path().join("there"));
+    fs::create_dir(&here).unwrap();
+    let store = posix(&here);
+    store.create(&path("a")).unwrap();
+    assert_eq!(store.local_path(&path("d/b")).unwrap(), here.join("d/b"));
+    assert_eq!(store.local_path(&StorePath::root()).unwrap(), here);
+    assert!(fs::exists(store.local_path(&path("a")).unwrap()).unwrap());
+    fs::rename(&here, &there).unwrap();
+    assert!(store.local_path(&path("a")).is_none(), "nothing is there");
+    fs::create_dir(&here).unwrap();
+    assert!(store.local_path(&path("a")).is_none(), "another directory is there");
+    assert!(MemoryStore::new().local_path(&path("a")).is_none());
+}
+
 /// A root with traps, and something outside that must not be touched.
 fn trapped() -> (tempfile::TempDir, [Arc<dyn Backend>; 2]) {
     let outer = tempfile::tempdir().unwrap_or_else(|error| panic!("{error}"));
@@ -173,6 +221,8 @@ fn links_are_never_followed() {
             not_plain(name, store.rename(&at, &path("taken")));
             not_plain(name, store.hard_link(&path("real/file"), &at));
             not_plain(name, store.hard_link(&at, &path("taken")));
+            not_plain(name, store.exchange(&at, &path("real/file")));
+            not_plain(name, store.exchange(&path("real/file"), &at));
             not_plain(name, store.try_lock(&at, LockKind::Exclusive));
         }
         for name in ["up", "absolute", "near", "last", "nearlast", "dangling", "magic"] {
@@ -186,6 +236,8 @@ fn links_are_never_followed() {
             not_plain(name, store.rename(&at, &path("taken")));
             not_plain(name, store.rename(&path("real/file"), &at));
             not_plain(name, store.hard_link(&at, &path("taken")));
+            not_plain(name, store.exchange(&at, &path("real/file")));
+            not_plain(name, store.exchange(&path("real/file"), &at));
             not_plain(name, store.try_lock(&at, LockKind::Exclusive));
             assert_eq!(store.stat(&at).unwrap().kind, FileKind::Symlink, "{name}");
             assert!(matches!(store.create(&at), Err(BackendError::AlreadyExists { .. })), "{name}");

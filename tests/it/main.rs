@@ -12,6 +12,7 @@ mod delete_oracle;
 mod delete_sequences;
 mod delete_trees;
 mod frozen;
+mod image_locks;
 mod merge_model;
 mod merge_onto;
 mod merge_onto_qemu;
