@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{self, Advice, FallocateFlags};
 use rustix::io::retry_on_intr;
@@ -22,13 +22,19 @@ pub(super) struct PosixFile {
     block: OnceLock<u64>,
     /// Whether it is a network file system, asked once.
     network: OnceLock<bool>,
-    /// QEMU's image locks, while somebody holds them through this open file.
-    held: Mutex<Weak<locks::Held>>,
+    /// Who holds QEMU's image locks through this open file.
+    holders: locks::Holders,
 }
 
 impl PosixFile {
     pub(super) fn new(file: File, path: StorePath) -> Self {
-        Self { file, path, block: OnceLock::new(), network: OnceLock::new(), held: Mutex::default() }
+        Self {
+            file,
+            path,
+            block: OnceLock::new(),
+            network: OnceLock::new(),
+            holders: locks::Holders::default(),
+        }
     }
 
     pub(super) fn file(&self) -> &File {
@@ -158,15 +164,9 @@ impl StoreFile for PosixFile {
     }
 
     fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>> {
-        // Locks belong to the open file and do not add up: who takes them twice must share them.
-        let mut known = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = match known.upgrade() {
-            Some(held) => Some(held),
-            None => locks::hold(&self.file).map_err(|error| {
-                BackendError::from_io_of(NO_LOCKS, "take the image locks of", &self.path, error)
-            })?,
-        };
-        *known = held.as_ref().map(Arc::downgrade).unwrap_or_default();
+        let held = locks::hold(&self.file, &self.holders).map_err(|error| {
+            BackendError::from_io_of(NO_LOCKS, "take the image locks of", &self.path, error)
+        })?;
         Ok(held.map(|held| Box::new(held) as Box<dyn Send + Sync>))
     }
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -35,39 +35,73 @@ pub(super) fn image_locks(file: &File) -> io::Result<ImageLocks> {
     Ok(found)
 }
 
-/// The locks that keep writers out; freed when dropped. Not just closed: the open file lives on.
+/// How many hold the locks of one open file that keep writers out. The locks belong to the open file and do
+/// not add up: the first holder takes them, the last gives them back.
+pub(super) type Holders = Arc<Mutex<usize>>;
+
+/// One holder. Its end frees the locks, not just closes the file: that lives on.
 #[derive(Debug)]
-pub(super) struct Held(File);
+pub(super) struct Held {
+    file: File,
+    holders: Holders,
+}
 
 impl Drop for Held {
     fn drop(&mut self) {
-        for byte in NO_WRITER_BYTES {
-            // Nothing to be done about an error; closing the file frees them too.
-            let _ = set(&self.0, libc::F_UNLCK, byte, 1);
+        // To the end of the call: another one must not take them before they are given back.
+        let mut holders = count(&self.holders);
+        *holders -= 1;
+        if *holders == 0 {
+            release(&self.file);
         }
     }
 }
 
 /// Keeps QEMU's writers out; `None` if one is in. QEMU takes its locks first and looks for those of others
 /// then, as is done here: of two that come at once, at least one gives way.
-pub(super) fn hold(file: &File) -> io::Result<Option<Arc<Held>>> {
-    // What was taken before an error goes with this.
-    let held = Held(file.try_clone()?);
+pub(super) fn hold(file: &File, holders: &Holders) -> io::Result<Option<Held>> {
+    let held = file.try_clone()?;
+    let mut count = count(holders);
+    if *count == 0 {
+        match take(file) {
+            Ok(true) => {}
+            refused => {
+                release(file);
+                return refused.map(|_| None);
+            }
+        }
+    }
+    *count += 1;
+    Ok(Some(Held { file: held, holders: Arc::clone(holders) }))
+}
+
+fn count(holders: &Holders) -> MutexGuard<'_, usize> {
+    holders.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes the locks; whether no writer is there. On an error or a refusal some may have been taken.
+fn take(file: &File) -> io::Result<bool> {
     for byte in NO_WRITER_BYTES {
         match take_shared(file, byte, 1) {
-            Ok(()) => {}
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                return Ok(None);
+                return Ok(false);
             }
-            Err(error) => return Err(error),
+            done => done?,
         }
     }
     for byte in WRITER_BYTES {
-        if self::held(file, byte, 1)? {
-            return Ok(None);
+        if held(file, byte, 1)? {
+            return Ok(false);
         }
     }
-    Ok(Some(Arc::new(held)))
+    Ok(true)
+}
+
+fn release(file: &File) {
+    for byte in NO_WRITER_BYTES {
+        // Nothing to be done about an error; closing the file frees them too.
+        let _ = set(file, libc::F_UNLCK, byte, 1);
+    }
 }
 
 /// Whether anybody else has a lock on any of these bytes.
