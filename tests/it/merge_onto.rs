@@ -1,6 +1,7 @@
 //! Merges into the file of the lowest merged member: the view of all members at every moment, and the result.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use qchain::backend::faulty::{Faulty, Lasting};
@@ -12,15 +13,15 @@ use qchain::qcow2::check::{Limits, check};
 use qchain::qcow2::format as f;
 use qchain::qcow2::header::BitmapsExtension;
 use qchain::qcow2::layout::{
-    Backing, ImageOptions, Layout, Origin, Switch, Switched, Unfit, in_place_possible,
+    Backing, ImageOptions, Kept, Layout, Origin, SourceFacts, Switch, Switched, Unfit, in_place_possible,
 };
 use qchain::qcow2::write::{Step, switch, switch_state};
-use qchain::qcow2::{CompressionType, Header, Image, ImageError};
-use qchain::units::HostOffset;
+use qchain::qcow2::{CompressionType, Content, Header, Image, ImageError, Run};
+use qchain::units::{GuestOffset, HostOffset};
 
 use crate::support::builder::{Cell, Format, Spec};
 use crate::support::merging::{
-    Chain, bytes_of, format, layer_name, path, seeded, shuffle, sizes, spec, spec_of,
+    Chain, bytes_of, format, layer_name, path, put, seeded, shuffle, sizes, spec, spec_of,
 };
 use crate::support::onto::{Onto, open_chain, view};
 
@@ -200,6 +201,9 @@ fn finish(case: &Case, store: &dyn Backend, chain: &Chain, onto: &Onto, layout: 
         assert_clean(alone.images().next().unwrap(), context);
     };
     look("switched");
+    // Whoever opened the images before reads on by the old tables.
+    let (opened, _) = chain.split(0, case.specs.len() - 1);
+    assert!(view(&opened) == *chain.views.last().unwrap(), "images that were open at the switch");
     assert_superseded(case, layout, &*onto.target);
     look("without what is superseded");
     assert_eq!(
@@ -455,4 +459,37 @@ fn what_was_appended_is_not_read_when_it_is_done_again() {
         results.push(case.kept_bytes(&*store));
     }
     assert!(results[0] == results[1]);
+}
+
+#[test]
+fn a_tebibyte_that_stays_is_planned_and_counted_quickly() {
+    let size = 1 << 40;
+    let store = MemoryStore::new();
+    let image = put(&store, "kept", &Spec::new(Format::plain(16), size, 1).build());
+    let image = Image::open(image, "kept").unwrap();
+    // Every other cluster was hidden by the member above.
+    let kept = Kept::of(0, &image, Some(3 << 40)).unwrap();
+    let facts = SourceFacts {
+        cluster_bits: image.header().cluster_bits,
+        compression: CompressionType::Zlib,
+        virtual_size: size,
+        file_length: 3 << 40,
+    };
+    let runs = || {
+        (0..size / K64).map(|at| {
+            let content = Content::Data { layer: 0, host: HostOffset((2 * at + 1) * K64) };
+            Ok(Run { start: GuestOffset(at * K64), length: K64, content })
+        })
+    };
+    let options = ImageOptions::like(image.header(), None);
+    let begun = Instant::now();
+    let layout = Layout::plan_onto(&options, &[facts], &kept, runs()).unwrap();
+    let planned = begun.elapsed();
+    let counting = Instant::now();
+    let blocks = layout.refcounts().count();
+    let counted = counting.elapsed();
+    assert_eq!((layout.moves().count(), layout.moved_bytes()), (0, 0));
+    assert_eq!(blocks as u64, (3u64 << 40) / (32_768 * K64) + 2, "one more for the tables, and the table");
+    eprintln!("planned in {planned:?}, {blocks} refcount blocks in {counted:?}");
+    assert!(begun.elapsed() < Duration::from_secs(30));
 }

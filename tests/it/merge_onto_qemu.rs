@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use qchain::backend::Backend;
 use qchain::backend::faulty::{Faulty, Lasting};
@@ -21,7 +23,7 @@ use crate::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, cop
 use crate::support::merging::{CLONE_ALIGNMENT, bytes_of, path};
 use crate::support::mounts::{FsKind, LoopMount};
 use crate::support::onto::Onto;
-use crate::support::qemu::text;
+use crate::support::qemu::{must, text};
 use crate::support::store;
 
 const K64: u64 = 65_536;
@@ -247,4 +249,37 @@ fn a_merge_of_a_store_knows_what_it_costs_in_place() {
     let written = world.merge("store");
     let expected = (onto.clone_bytes, onto.data_bytes, onto.metadata_bytes);
     assert_eq!((written.cloned_bytes, written.data_bytes, written.metadata_bytes), expected);
+}
+
+/// Ends a program when the test does.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// QEMU has the chain open and has read nothing yet: it goes on by the old tables, which nothing has overwritten.
+#[test]
+fn a_reader_that_opened_the_chain_before_reads_on_after_the_switch() {
+    let parent = TempDir::new().unwrap();
+    let kind = Kind { compressed: true, ..Kind::PLAIN };
+    let world = World::build(parent.path(), "world", &members(kind, 40 * K64, 4, 11), 3);
+    let socket = parent.path().join("socket");
+    let mut server = Command::new("qemu-nbd");
+    server.args(["-r", "-t", "-f", "qcow2", "-k", text(&socket)]).arg(world.directory.join(world.newest()));
+    let _server = Running(server.stdout(Stdio::null()).spawn().unwrap());
+    let begun = Instant::now();
+    while !socket.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "qemu-nbd does not listen");
+        sleep(Duration::from_millis(20));
+    }
+    let (onto, layout, _) = world.write("open");
+    switch(layout.switch().unwrap(), &*onto.target).unwrap();
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    let truth = world.truth.join(world.newest());
+    must("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, text(&truth)]);
+    world.assert_new("opened anew");
 }

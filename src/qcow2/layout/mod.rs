@@ -190,11 +190,12 @@ impl Layout {
         runs: impl Iterator<Item = Result<Run>>,
     ) -> Result<Self> {
         kept.check(options)?;
-        if sources.get(kept.layer).is_none_or(|source| source.file_length > kept.base) {
-            return Err(bad(
-                Code::BadEntry,
-                "the kept layer is no source, or longer than its base".to_owned(),
-            ));
+        let fits = |source: &SourceFacts| {
+            source.cluster_bits == options.cluster_bits && source.file_length <= kept.base
+        };
+        if !sources.get(kept.layer).is_some_and(fits) {
+            let detail = "the kept layer is no source, another one, or longer than its base".to_owned();
+            return Err(bad(Code::BadEntry, detail));
         }
         Self::plan_any(options, sources, Some(kept), runs)
     }
