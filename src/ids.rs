@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 /// Invariants: UTF-8; components separated by single `/`; no component is empty, `.` or `..`, none has a
 /// NUL or control character, none is longer than 255 bytes; at most 4,095 bytes in all; the empty path is
 /// the root itself.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct StorePath(String);
 
 /// Why a text is no [`StorePath`].
@@ -104,6 +105,19 @@ fn check_component(path: &str, component: &str) -> Result<(), PathError> {
         return Err(PathError::Component { path: path.to_owned(), component: component.to_owned() });
     }
     Ok(())
+}
+
+impl TryFrom<String> for StorePath {
+    type Error = PathError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text)
+    }
+}
+
+impl From<StorePath> for String {
+    fn from(path: StorePath) -> Self {
+        path.0
+    }
 }
 
 impl fmt::Display for StorePath {

@@ -3,8 +3,9 @@
 //! A verb calls [`Progress::advance`] as it works and looks at [`Cancel::check`] between batches, so that a
 //! stop always leaves a known state. Neither ever blocks.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Receives what a running verb does. Implementations must be cheap: calls come from many threads.
 pub trait Progress: Send + Sync {
@@ -21,6 +22,65 @@ pub struct Silent;
 impl Progress for Silent {
     fn phase(&self, _name: &str, _total: u64) {}
     fn advance(&self, _units: u64) {}
+}
+
+/// A limit on bytes a second, shared by all who work under it.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// 0: no limit.
+    bytes_per_second: AtomicU64,
+    /// When all that was spent so far will have been paid for.
+    paid: Mutex<Option<Instant>>,
+}
+
+/// The longest single wait: a stop is noticed between waits.
+const LONGEST_WAIT: Duration = Duration::from_millis(200);
+
+impl Pace {
+    /// A limit; 0 for none.
+    #[must_use]
+    pub fn new(bytes_per_second: u64) -> Self {
+        Self { bytes_per_second: AtomicU64::new(bytes_per_second), paid: Mutex::new(None) }
+    }
+
+    /// Changes the limit for what is spent from now on.
+    pub fn set(&self, bytes_per_second: u64) {
+        self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// How many bytes are best moved in one go, at most `most`: without a limit all of those, else what takes a
+    /// quarter of a second, a whole number of clusters of any size.
+    #[must_use]
+    pub fn at_once(&self, most: u64) -> u64 {
+        match self.bytes_per_second.load(Ordering::Relaxed) {
+            0 => most,
+            rate => (rate / 4).clamp(2 << 20, most).next_multiple_of(2 << 20),
+        }
+    }
+
+    /// Waits until `bytes` more may be moved: as long as what was spent before takes at the limit. A stop
+    /// ends the wait.
+    pub fn spend(&self, bytes: u64, cancel: &Cancel) {
+        let rate = self.bytes_per_second.load(Ordering::Relaxed);
+        if rate == 0 || bytes == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let start = {
+            let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = paid.unwrap_or(now).max(now);
+            let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate);
+            let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+            *paid = start.checked_add(takes);
+            start
+        };
+        while let Some(left) = start.checked_duration_since(Instant::now())
+            && !left.is_zero()
+            && cancel.check().is_ok()
+        {
+            std::thread::sleep(left.min(LONGEST_WAIT));
+        }
+    }
 }
 
 /// A request to stop, shared between whoever asks and whoever works.

@@ -1,81 +1,250 @@
 //! Checkpoint files that follow a change: libvirt refuses to redefine a checkpoint whose parent is gone, so
-//! the survivor's must name the new parent.
+//! every file of the volume that names a deleted member as parent must name another.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::backend::publish::replace;
-use crate::backend::{Backend, BackendError};
+use crate::backend::publish::{link, swap, take_identity, take_name};
+use crate::backend::{Backend, BackendError, FileKind, StoreFile};
+use crate::chain::graph::Key;
+use crate::change::decided::Decided;
 use crate::change::error::{ChangeError, Result};
-use crate::change::guard::Guard;
+use crate::change::keep::{Kept, keep, release, sync_all};
+use crate::change::operation::Operation;
+use crate::change::places::Yard;
+use crate::change::publication::{Published, stat};
+use crate::change::record::{CheckpointEdit, Mark};
+use crate::change::site::{At, Site};
 use crate::cloudstack::checkpoint::{Checkpoint, MAX_BYTES, set_parent};
-use crate::cloudstack::paths::checkpoint_of;
 use crate::ids::StorePath;
+use crate::store::Stores;
 use crate::store::facts::read_whole;
-use crate::store::record::own;
 
 /// How often an edit is tried when the file changes under it: the agent rewrites disk labels there, once a VM
 /// start.
 const TRIES: usize = 5;
 
-/// Checks, without writing, that the checkpoint file of `member`, if there is one, can be edited to name
-/// `parent`.
-pub fn check(backend: &Arc<dyn Backend>, member: &StorePath, parent: Option<&str>) -> Result<()> {
-    let Some(path) = checkpoint_of(member) else { return Ok(()) };
-    match read_whole(backend, &path, MAX_BYTES as u64) {
-        Ok(bytes) => edited(&path, &bytes, parent).map(drop),
-        Err(BackendError::NotFound { .. }) => Ok(()),
-        Err(source) => Err(store("read", &path, source)),
-    }
-}
+/// A volume's directory of checkpoint files, and what becomes of parents that are named there: by the name of
+/// a deleted member, the name of the parent that takes its place.
+pub type Volumes = BTreeMap<Key, BTreeMap<String, Option<String>>>;
 
-/// Makes the checkpoint file of `member`, if there is one, name `parent`; its other bytes, owner and mode stay.
-/// Edits made by others meanwhile are kept: the file is compared right before the rename, and done again if it
-/// changed.
-pub fn follow(
-    _guard: &Guard,
-    backend: &Arc<dyn Backend>,
-    member: &StorePath,
-    parent: Option<&str>,
-) -> Result<()> {
-    let Some(path) = checkpoint_of(member) else { return Ok(()) };
-    for _ in 0..TRIES {
-        let bytes = match read_whole(backend, &path, MAX_BYTES as u64) {
-            Ok(bytes) => bytes,
-            Err(BackendError::NotFound { .. }) => return Ok(()),
-            Err(source) => return Err(store("read", &path, source)),
+/// Works out which checkpoint files name a deleted member. `own` are those of the deleted members, which go
+/// themselves; `needed` are those of the survivors. Another file that cannot be read is passed over: libvirt
+/// cannot read it either. With `force` so are those.
+///
+/// # Errors
+///
+/// [`ChangeError::Checkpoint`] for a survivor's file that cannot be read, and one that cannot be edited.
+pub fn edits(
+    stores: &Stores,
+    volumes: &Volumes,
+    own: &[Key],
+    needed: &[Key],
+    force: bool,
+) -> Result<Vec<(Key, Edit)>> {
+    let mut edits = Vec::new();
+    for (directory, parents) in volumes {
+        let backend = stores.get(directory.store)?.backend();
+        let mut entries = match backend.read_dir(&directory.path) {
+            Ok(entries) => entries,
+            Err(BackendError::NotFound { .. }) => continue,
+            Err(source) => return Err(failed("list", &directory.path, source)),
         };
-        let new = edited(&path, &bytes, parent)?;
-        if new == bytes {
-            return Ok(());
-        }
-        // The rename inside follows at once; the issue on safe change closes the window that is left.
-        if read_whole(backend, &path, MAX_BYTES as u64).is_ok_and(|again| again == bytes) {
-            return replace(backend.as_ref(), &own(&["tmp"]), &path, &new, true)
-                .map_err(|source| store("replace", &path, source));
+        entries.retain(|entry| entry.kind == FileKind::File);
+        let mut paths: Vec<StorePath> =
+            entries.iter().filter_map(|entry| entry.path_in(&directory.path)).collect();
+        paths.sort();
+        for path in paths {
+            let key = Key { store: directory.store, path };
+            if own.contains(&key) {
+                continue;
+            }
+            match edit_of(backend, &key.path, parents) {
+                Ok(Some(edit)) => edits.push((key, edit)),
+                Ok(None) => {}
+                Err(ChangeError::Checkpoint { .. }) if force || !needed.contains(&key) => {}
+                Err(error) => return Err(error),
+            }
         }
     }
-    Err(ChangeError::ChangedMeanwhile { member: path.to_string() })
+    Ok(edits)
 }
 
-/// Removes the checkpoint file of a deleted member, if there is one.
-pub fn remove(_guard: &Guard, backend: &Arc<dyn Backend>, member: &StorePath) -> Result<()> {
-    let Some(path) = checkpoint_of(member) else { return Ok(()) };
-    match backend.remove_file(&path) {
-        Ok(()) => backend.sync_dir(&path.parent()).map_err(|source| store("sync", &path, source)),
-        Err(BackendError::NotFound { .. }) => Ok(()),
-        Err(source) => Err(store("remove", &path, source)),
-    }
+/// One edit: from one parent to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// The parent named so far.
+    pub before: Option<String>,
+    /// The parent wanted.
+    pub parent: Option<String>,
 }
 
-fn edited(path: &StorePath, bytes: &[u8], parent: Option<&str>) -> Result<Vec<u8>> {
+fn edit_of(
+    backend: &Arc<dyn Backend>,
+    path: &StorePath,
+    parents: &BTreeMap<String, Option<String>>,
+) -> Result<Option<Edit>> {
     let fail = |source| ChangeError::Checkpoint { path: path.to_string(), source };
-    // One that names the right parent already needs no edit, however odd it is otherwise.
-    if Checkpoint::parse(bytes).map_err(fail)?.parent.as_deref() == parent {
-        return Ok(bytes.to_vec());
-    }
-    set_parent(bytes, parent).map_err(fail)
+    let bytes = match read_whole(backend, path, MAX_BYTES as u64) {
+        Ok(bytes) => bytes,
+        Err(BackendError::NotFound { .. }) => return Ok(None),
+        Err(source) => return Err(failed("read", path, source)),
+    };
+    let before = Checkpoint::parse(&bytes).map_err(fail)?.parent;
+    let Some(parent) = before.as_ref().and_then(|name| parents.get(name)) else { return Ok(None) };
+    set_parent(&bytes, parent.as_deref()).map_err(fail)?;
+    Ok(Some(Edit { before, parent: parent.clone() }))
 }
 
-fn store(action: &'static str, path: &StorePath, source: BackendError) -> ChangeError {
+/// An edit as the record has it. `after` is the publication that it follows, if it follows just one.
+pub fn record(
+    operation: &Operation<'_>,
+    key: &Key,
+    edit: Edit,
+    what: &str,
+    after: Option<usize>,
+) -> Result<CheckpointEdit> {
+    let Edit { before, parent } = edit;
+    let kept = operation.kept(key, what)?;
+    Ok(CheckpointEdit { at: operation.site().place(key)?, after, parent, before, kept, original: None })
+}
+
+/// Makes all checkpoint files of a decision name their new parents. Their names are durable when the caller
+/// has synced the directories, which this does too.
+pub fn follow_all(site: &Site<'_>, decided: &Decided<'_>, published: &[Published]) -> Result<()> {
+    let mut followed = Vec::new();
+    for (index, edit) in decided.commit().checkpoints.iter().enumerate() {
+        let wanted = match edit.after {
+            Some(after) => published.get(after) == Some(&Published::Done),
+            None => published.iter().all(|one| *one == Published::Done),
+        };
+        if wanted {
+            let at = site.at(&edit.at)?;
+            if follow(&at, decided, edit, index)? {
+                followed.push(at);
+            }
+        }
+    }
+    // A deletion without grace syncs these directories when the deleted members' own files are gone.
+    let later = decided.commit().grace_ns == 0 && !decided.commit().departures.is_empty();
+    let directories = followed.iter().filter(|_| !later).map(|at| (at, at.key.path.parent()));
+    sync_all(directories)
+}
+
+/// One edit. Edits made by others meanwhile are kept: the file is compared before and after its name changes
+/// hands, and edited again if it changed. Gives whether anything was done.
+fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usize) -> Result<bool> {
+    let path = &edit.at.path;
+    for attempt in 0..TRIES {
+        let old = match at.backend.open(path) {
+            Ok(file) => file,
+            Err(BackendError::NotFound { .. }) => return Ok(false),
+            Err(source) => return Err(at.failed("read")(source)),
+        };
+        let (bytes, mark) = content(at, old.as_ref())?;
+        let fail = |source| ChangeError::Checkpoint { path: path.to_string(), source };
+        // One that names another parent by now is somebody else's business.
+        let named = Checkpoint::parse(&bytes).map_err(fail)?.parent;
+        if named == edit.parent || named != edit.before {
+            return Ok(false);
+        }
+        let new = set_parent(&bytes, edit.parent.as_deref()).map_err(fail)?;
+        if keep(at, path, &edit.kept, &mark)? == Kept::Another {
+            // From an earlier attempt, which the file outlived.
+            release(at, &edit.kept)?;
+            if keep(at, path, &edit.kept, &mark)? == Kept::Another {
+                continue;
+            }
+        }
+        let from = if let Some(original) = original(at, edit, &bytes)? {
+            original
+        } else {
+            let yard = Yard::of(at.backend, path).map_err(at.failed("make room beside"))?;
+            let temporary = yard.temporary(decided.id(), &format!("checkpoint-{index}-{attempt}"));
+            release(at, &temporary)?;
+            write(at, &temporary, &new, old.as_ref())?;
+            temporary
+        };
+        if exchange(at, &from, path, &edit.kept, &bytes)? {
+            return Ok(true);
+        }
+    }
+    Err(ChangeError::ChangedMeanwhile { member: at.name.clone() })
+}
+
+/// The file that an earlier edit replaced, if the present one is just what that edit made of it: then it comes
+/// back as it was, to the last attribute.
+fn original(at: &At<'_>, edit: &CheckpointEdit, bytes: &[u8]) -> Result<Option<StorePath>> {
+    let Some(kept) = &edit.original else { return Ok(None) };
+    let file = match at.backend.open(kept) {
+        Ok(file) => file,
+        Err(BackendError::NotFound { .. }) => return Ok(None),
+        Err(source) => return Err(at.failed("read the old file of")(source)),
+    };
+    let (old, _) = content(at, file.as_ref())?;
+    let same = set_parent(&old, edit.before.as_deref()).is_ok_and(|edited| edited == bytes);
+    Ok(same.then(|| kept.clone()))
+}
+
+/// Gives `path` the file at `from`; false if what had the name was no longer what was read.
+fn exchange(at: &At<'_>, from: &StorePath, path: &StorePath, kept: &StorePath, read: &[u8]) -> Result<bool> {
+    let unchanged = |name: &StorePath| -> Result<bool> {
+        match at.backend.open(name) {
+            Ok(file) => Ok(content(at, file.as_ref())?.0 == read),
+            Err(BackendError::NotFound { .. }) => Ok(false),
+            Err(source) => Err(at.failed("read")(source)),
+        }
+    };
+    if !unchanged(path)? {
+        release(at, from)?;
+        return Ok(false);
+    }
+    let Some(new) = stat(at, from)? else { return Ok(false) };
+    match swap(at.backend, from, path) {
+        Ok(()) => {
+            if unchanged(from)? {
+                release(at, from)?;
+                return Ok(true);
+            }
+            if stat(at, path)?.is_some_and(|now| now.id == new.id) {
+                swap(at.backend, from, path).map_err(at.failed("take back"))?;
+                release(at, from)?;
+            }
+            Ok(false)
+        }
+        Err(error) if error.is_unsupported() => {
+            take_name(at.backend, from, path).map_err(at.failed("publish"))?;
+            // Written into at that very moment: the next attempt starts from what was written.
+            if stat(at, kept)?.is_some() && !unchanged(kept)? {
+                link(at.backend, kept, from).map_err(at.failed("take back"))?;
+                take_name(at.backend, from, path).map_err(at.failed("take back"))?;
+                return Ok(false);
+            }
+            Ok(true)
+        }
+        Err(BackendError::NotFound { .. }) => {
+            release(at, from)?;
+            Ok(false)
+        }
+        Err(source) => Err(at.failed("publish")(source)),
+    }
+}
+
+fn write(at: &At<'_>, temporary: &StorePath, bytes: &[u8], old: &dyn StoreFile) -> Result<()> {
+    let file = at.backend.create(temporary).map_err(at.failed("make a temporary for"))?;
+    file.write_at(0, bytes).map_err(at.failed("write the new file of"))?;
+    take_identity(old, file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+    file.sync().map_err(at.failed("make durable the new file of"))
+}
+
+fn content(at: &At<'_>, file: &dyn StoreFile) -> Result<(Vec<u8>, Mark)> {
+    let stat = file.stat().map_err(at.failed("look at"))?;
+    let mut bytes = vec![0; usize::try_from(stat.length.min(MAX_BYTES as u64 + 1)).unwrap_or_default()];
+    let count = file.read_at(0, &mut bytes).map_err(at.failed("read"))?;
+    bytes.truncate(count);
+    Ok((bytes, Mark::from(&stat)))
+}
+
+fn failed(action: &'static str, path: &StorePath, source: BackendError) -> ChangeError {
     ChangeError::Store { action, member: path.to_string(), source }
 }

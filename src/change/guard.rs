@@ -1,4 +1,4 @@
-//! The exclusive right to change stores.
+//! The right to change stores at all.
 
 use crate::backend::LockKind;
 use crate::store::record::own;
@@ -6,7 +6,9 @@ use crate::store::{Result, Store, StoreError, Stores};
 
 /// Held while stores are changed; everything that changes one asks for it. Dropping it gives the right back.
 ///
-/// It rests on advisory locks of one host: against another host it is no more than a hint.
+/// Any number of processes may hold it: what keeps them apart is each tree's lease. It keeps off whoever opts
+/// stores in or out, and tells sweepers that somebody is at work. It rests on advisory locks of one host:
+/// against another host it is no more than a hint.
 pub struct Guard {
     _locks: Vec<Box<dyn Send + Sync>>,
 }
@@ -22,7 +24,7 @@ impl Guard {
 }
 
 fn lock(store: &Store) -> Result<Box<dyn Send + Sync>> {
-    let lock = store.backend().try_lock(&own(&["locks", "change"]), LockKind::Exclusive);
+    let lock = store.backend().try_lock(&own(&["locks", "change"]), LockKind::Shared);
     let lock = lock.map_err(|source| StoreError::backend(store, source))?;
     lock.ok_or_else(|| StoreError::Busy { store: store.backend().describe() })
 }

@@ -1,22 +1,46 @@
-//! Changing a share.
+//! Changing a share: how names get new files and old ones go, so that a crash, a second instance or somebody
+//! else's hand at any moment leaves every view as it was. `PROTOCOL.md` has the protocol and its crash table.
 //!
-//! Owns: the exclusive right to change ([`Guard`]), files in the making ([`Staged`]), the order in which names
-//! change. Does not own: what the new bytes are (`ops`, `qcow2::layout`).
+//! Owns: leases, intents, the one deciding claim, publication, checkpoint files, trash, undo, recovery. Does
+//! not own: what the new bytes are (`ops`, `qcow2::layout`).
 //!
-//! A survivor's new file is built beside it under `.qchain/tmp`, given the old one's identity before its first
-//! byte, sealed, proved by the caller, and takes the survivor's name by one rename; then the survivor's
-//! checkpoint file follows; then deleted names go, each with its checkpoint file after it.
+//! An [`Operation`] announces itself and builds files that nobody knows of. [`Operation::decide`] claims the
+//! tree's next number by one exclusive create; from then on it is [`Decided`], and everything that follows is
+//! worked out from that record and from what lies on the stores, by this process or any other: names are
+//! published ([`publication`]), checkpoint files follow ([`checkpoint`]), deleted members go after their grace
+//! ([`departure`]), and what was kept goes after its time ([`purge`]). [`recover`] does the same for what it
+//! finds, and takes back what was never decided.
 //!
-//! Crash rule: at every instant each survivor's name stands for the whole old file or the whole new one, and
-//! both have the same view; a deleted member keeps its name until all that read through it are published. What
-//! a crash can leave: a temporary file; a survivor whose checkpoint file still names the deleted parent; a
-//! deleted member that nobody reads any more. None of them changes what any snapshot restores to.
+//! Nothing here needs clones, locks or exchange for its safety; where they are they narrow the moments in
+//! which somebody else's hand can only be noticed after the fact.
 
 pub mod checkpoint;
+mod clock;
+mod decided;
+pub mod departure;
 mod error;
 mod guard;
-mod staged;
+pub mod history;
+pub mod in_place;
+pub mod journal;
+mod keep;
+mod lease;
+pub mod leaving;
+mod operation;
+pub mod places;
+pub mod publication;
+pub mod purge;
+pub mod record;
+pub mod recover;
+mod site;
+pub mod sweep;
+pub mod tree;
+pub mod undo;
+pub mod witness;
 
+pub use clock::{Clock, SystemClock};
+pub use decided::Decided;
 pub use error::{ChangeError, Result};
 pub use guard::Guard;
-pub use staged::Staged;
+pub use operation::{Operation, Sealed, Staged};
+pub use site::{At, Owner, Site};

@@ -10,9 +10,12 @@ use super::Global;
 use super::bar::Bar;
 use super::cache::Caches;
 use super::error::{CliError, Result};
-use super::settings::Settings;
+use super::settings::{InPlace, Settings};
 use super::{config, output, stores};
+use crate::change::witness::Witness;
+use crate::change::{Site, SystemClock};
 use crate::failure::Code;
+use crate::ops::delete::InPlacePolicy;
 use crate::progress::{Cancel, Progress};
 use crate::store::scan::{Scan, ScanOptions};
 use crate::store::{StoreConfig, Stores};
@@ -54,6 +57,28 @@ impl Context {
     /// What is known of the stores of the call.
     pub fn configs(&self) -> &[StoreConfig] {
         &self.configs
+    }
+
+    /// This process, where it changes those stores.
+    pub fn site<'a>(&'a self, stores: &'a Stores) -> Site<'a> {
+        Site::new(stores, &SystemClock, &self.cancel, self.settings.safety.lease.0)
+    }
+
+    /// Who looks before old files go.
+    pub fn witness(&self) -> Witness {
+        match self.settings.safety.witness {
+            super::settings::Witness::None => Witness::None,
+            super::settings::Witness::QemuImg => Witness::QemuImg,
+        }
+    }
+
+    /// When a merge in place may be chosen.
+    pub fn in_place(&self) -> InPlacePolicy {
+        match self.settings.safety.in_place {
+            InPlace::Auto => InPlacePolicy::Auto,
+            InPlace::NoSpace => InPlacePolicy::NoSpace,
+            InPlace::Never => InPlacePolicy::Never,
+        }
     }
 
     /// Opens the stores; there must be one.

@@ -3,17 +3,20 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::output::{ErrorBody, human};
-use super::{members, records_file};
+use super::output::{ErrorBody, human, time};
+use super::{members, records_file, values};
 use crate::chain::graph::NodeId;
-use crate::change::Guard;
+use crate::change::leaving::leaving;
 use crate::failure::{Failure, with_causes};
-use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, Request};
+use crate::ops::OpError;
+use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, Request, Terms};
+use crate::ops::recover::begin;
 use crate::store::scan::Scan;
 use crate::store::{Stores, names};
 
@@ -48,6 +51,18 @@ pub struct Args {
     /// Leave checkpoint files that cannot be edited as they are
     #[arg(long)]
     force: bool,
+    /// Build and prove everything, report, and throw it away
+    #[arg(long, conflicts_with = "dry_run")]
+    rehearse: bool,
+    /// How long deleted members keep their names [default: `safety.reader_grace`]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    grace: Option<Duration>,
+    /// How long old files are kept for an undo [default: safety.retention]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    retention: Option<Duration>,
+    /// The most bytes that are copied a second [default: limits.rate]
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    rate: Option<u64>,
     /// Do not ask
     #[arg(long)]
     yes: bool,
@@ -60,7 +75,7 @@ enum Mode {
     Auto,
     /// By sharing extents
     Clone,
-    /// By writing into the deleted member (not in this version)
+    /// By writing into the lowest deleted member, which cannot be undone
     InPlace,
     /// By copying
     Copy,
@@ -107,6 +122,7 @@ struct ResultEntry<'a> {
     bytes_freed_now: u64,
     bytes_held_until_purge: u64,
     undo_until: Option<String>,
+    note: Option<&'a str>,
     claims: Vec<Claim>,
     elapsed_milliseconds: u64,
 }
@@ -131,10 +147,15 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     stores.check_writable()?;
     let given = members::expand(&args.members)?;
     let records = args.records.as_deref().map(records_file::read).transpose()?;
-    // From the first look to the last rename nobody else of this host changes the stores.
-    let guard = if args.dry_run { None } else { Some(Guard::take(&stores)?) };
+    let site = context.site(&stores);
+    site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
+    // What was interrupted comes first: it may be about the same members.
+    let guard = if args.dry_run { None } else { Some(begin(&site, context.witness())?) };
     let scan = context.scan(&stores, args.now)?;
+    let leaving = leaving(&site, &scan).map_err(OpError::from)?;
     let request = Request {
+        leaving,
+        in_place: context.in_place(),
         targets: names::resolve_all(&stores, &scan, &given)?,
         mode: mode(args.mode),
         records: records.as_ref(),
@@ -151,7 +172,16 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         return Ok(exit(plan.trees.iter().find_map(|tree| tree.refusal.as_ref())));
     };
     context.confirm(&shown.plan_text(), args.yes)?;
+    let grace = args.grace.or(context.settings.safety.reader_grace.0);
+    let grace = grace.unwrap_or_else(|| default_grace(&plan));
     let work = delete::Context {
+        site: &site,
+        terms: Terms {
+            grace_ns: nanoseconds(grace),
+            retention_ns: nanoseconds(args.retention.unwrap_or(context.settings.safety.retention.0)),
+            rehearse: args.rehearse,
+            witness: context.witness(),
+        },
         stores: &stores,
         scan: &scan,
         plan: &plan,
@@ -171,6 +201,16 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     Ok(exit(report.first_failure()))
 }
 
+/// What `auto` means: readers on other hosts of a network mount cannot be seen.
+fn default_grace(plan: &Plan) -> Duration {
+    let network = plan.capabilities.values().any(|can| can.network);
+    if network { Duration::from_mins(15) } else { Duration::ZERO }
+}
+
+fn nanoseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
 fn mode(mode: Mode) -> ModeChoice {
     match mode {
         Mode::Auto => ModeChoice::Auto,
@@ -180,7 +220,7 @@ fn mode(mode: Mode) -> ModeChoice {
     }
 }
 
-fn exit(failure: Option<&crate::ops::OpError>) -> Exit {
+fn exit(failure: Option<&OpError>) -> Exit {
     failure.map_or(Exit::DONE, |error| Exit::from(error.kind()))
 }
 
@@ -240,8 +280,9 @@ impl Shown<'_> {
             metadata_bytes_written: outcome.metadata_bytes_written,
             bytes_cloned: outcome.bytes_cloned,
             bytes_freed_now: outcome.bytes_freed_now,
-            bytes_held_until_purge: 0,
-            undo_until: None,
+            bytes_held_until_purge: outcome.bytes_held_until_purge,
+            undo_until: outcome.undo_until_ns.map(time),
+            note: outcome.note.as_deref(),
             claims: if made { vec![claim] } else { Vec::new() },
             elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
         }
@@ -293,7 +334,7 @@ impl Shown<'_> {
                     human(outcome.bytes_cloned),
                     human(outcome.bytes_freed_now),
                     human(outcome.planned_bytes + outcome.compared_bytes),
-                    std::time::Duration::from_nanos(outcome.elapsed_ns).as_secs_f64()
+                    Duration::from_nanos(outcome.elapsed_ns).as_secs_f64()
                 )?,
                 None => writeln!(out, ": freed {}", human(outcome.bytes_freed_now))?,
             }

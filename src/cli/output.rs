@@ -1,6 +1,7 @@
 //! What is printed: JSON documents, errors, aligned columns, sizes for people.
 
 use std::io::{self, BufWriter, Write};
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -86,6 +87,12 @@ pub fn human(bytes: u64) -> String {
         }
     }
     format!("{}.{} {unit}", rest / 10, rest % 10)
+}
+
+/// A time as RFC 3339 has it, to the second, in UTC; `ns` counts from 1970.
+pub fn time(ns: i64) -> String {
+    let since = Duration::from_nanos(u64::try_from(ns).unwrap_or_default());
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + since).to_string()
 }
 
 /// What a store can do, on one line.

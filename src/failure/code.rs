@@ -285,6 +285,41 @@ codes! {
         "A file was changed or replaced by somebody else while the operation ran.",
         "None: the operation stopped before its decision.",
         "Try again when the other actor is done.";
+    /// A tree that nothing is done to until somebody has looked.
+    Frozen = "frozen", Error,
+        "An operation on the member's tree was found to be wrong, so nothing more is done to the tree.",
+        "None by itself: the old files were put back or are still in trash.",
+        "Read the reason; look at the files; then qchain recover --thaw OPERATION.";
+    /// A record of a change that cannot be read.
+    BadChangeRecord = "bad-change-record", Error,
+        "A record in .qchain/ that says how a change goes on cannot be read.",
+        "The change stays half done; every view is right all the same.",
+        "Look at the file named; a newer qchain may have written it.";
+    /// An operation that cannot be undone.
+    NotUndoable = "not-undoable", Error,
+        "The operation cannot be undone: its old files are gone, it was made in place, or a later one builds on it.",
+        "None; nothing was done.",
+        "Undo the later operation first, if the message names one.";
+    /// A deleted member that still has its name.
+    Leaving = "leaving", Info,
+        "The member was deleted and merged away; it keeps its name until its readers have had their grace.",
+        "None.",
+        "Nothing; qchain purge or the next change moves it on when it is due.";
+    /// A deleted member that cannot go.
+    Kept = "kept", Warning,
+        "A deleted member keeps its name because another file reads through it now.",
+        "Its space is not given back.",
+        "Delete it again when that reader is gone, or merge it away anew.";
+    /// A kept file that is not what was put there.
+    TrashChanged = "trash-changed", Error,
+        "A file kept in trash is not the one that was put there; it was left alone.",
+        "Somebody wrote into a file after it was replaced: that write may be lost to the member.",
+        "Compare the file in .qchain/trash with the member before removing it.";
+    /// QEMU sees a difference between old and new.
+    WitnessDiffers = "witness-differs", Error,
+        "qemu-img finds a difference between a survivor and the old chain it replaced. The old files were put back and the tree is frozen.",
+        "None if the old files are whole; it is a bug or failing storage.",
+        "Report it with the log; check the storage; then qchain recover --thaw OPERATION.";
     /// A file name that cannot be a member's name.
     BadName = "bad-name", Warning,
         "A name on the store is no UTF-8, too long, or has control characters.",

@@ -1,6 +1,7 @@
 //! How a verb fails.
 
 use crate::chain::delete::DeleteError;
+use crate::change::ChangeError;
 use crate::failure::{Code, Failure, Kind};
 use crate::progress::Cancelled;
 use crate::qcow2::ImageError;
@@ -21,6 +22,9 @@ pub enum OpError {
     /// The members to delete cannot be taken out of their tree.
     #[error(transparent)]
     Delete(#[from] DeleteError),
+    /// Changing the stores failed.
+    #[error(transparent)]
+    Change(Box<ChangeError>),
     /// Understood and not done.
     #[error("{member}: {message}")]
     Refused {
@@ -46,12 +50,19 @@ pub enum OpError {
     Cancelled(#[from] Cancelled),
 }
 
+impl From<ChangeError> for OpError {
+    fn from(error: ChangeError) -> Self {
+        Self::Change(Box::new(error))
+    }
+}
+
 impl Failure for OpError {
     fn kind(&self) -> Kind {
         match self {
             Self::Store(error) => error.kind(),
             Self::Image(error) => error.kind(),
             Self::Delete(error) => error.kind(),
+            Self::Change(error) => error.kind(),
             Self::Refused { code, .. } => refusal_kind(*code),
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Cancelled(_) => Kind::Cancelled,
@@ -63,6 +74,7 @@ impl Failure for OpError {
             Self::Store(error) => error.code(),
             Self::Image(error) => error.code(),
             Self::Delete(error) => error.code(),
+            Self::Change(error) => error.code(),
             Self::Refused { code, .. } => *code,
             Self::NoSpace { .. } => Code::NoSpace,
             Self::Cancelled(_) => Code::Cancelled,
@@ -74,6 +86,7 @@ impl Failure for OpError {
             Self::Store(error) => error.member(),
             Self::Image(error) => error.member(),
             Self::Delete(error) => error.member(),
+            Self::Change(error) => error.member(),
             Self::Refused { member, .. } => Some(member),
             Self::NoSpace { .. } | Self::Cancelled(_) => None,
         }

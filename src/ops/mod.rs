@@ -10,6 +10,7 @@ mod error;
 pub mod init;
 pub mod list;
 pub mod map;
+pub mod recover;
 pub mod verify;
 
 pub use error::{OpError, Result};

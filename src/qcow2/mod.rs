@@ -24,6 +24,7 @@ pub mod layout;
 pub mod map;
 pub mod refcount;
 pub mod tables;
+pub mod unused;
 pub mod write;
 
 pub use error::{ImageError, Result};

@@ -90,6 +90,14 @@ pub enum StoreError {
         /// The members, as they can be written, at most 10.
         candidates: Vec<String>,
     },
+    /// A new image does not replace the old chain.
+    #[error("{member}: {message}")]
+    Proof {
+        /// The survivor.
+        member: String,
+        /// What is wrong.
+        message: String,
+    },
     /// The call does not make sense.
     #[error("{detail}")]
     Usage {
@@ -115,7 +123,8 @@ impl Failure for StoreError {
             Self::NotInitialised { .. }
             | Self::Newer { .. }
             | Self::BadRecord { .. }
-            | Self::Absent { .. } => Kind::Refused,
+            | Self::Absent { .. }
+            | Self::Proof { .. } => Kind::Refused,
             Self::Busy { .. } => Kind::Busy,
             Self::NotFound { .. } => Kind::NotFound,
             Self::Ambiguous { .. } | Self::Usage { .. } => Kind::Usage,
@@ -131,6 +140,7 @@ impl Failure for StoreError {
             Self::Newer { .. } => Code::NewerStore,
             Self::Absent { .. } => Code::StoreAbsent,
             Self::Busy { .. } => Code::StoreBusy,
+            Self::Proof { .. } => Code::ProofFailed,
             Self::NotFound { .. } => Code::NotFound,
             Self::Ambiguous { .. } => Code::Ambiguous,
             Self::Usage { .. } => Code::Usage,
@@ -139,7 +149,9 @@ impl Failure for StoreError {
 
     fn member(&self) -> Option<&str> {
         match self {
-            Self::Image { member, .. } | Self::Chain { member, .. } => Some(member),
+            Self::Image { member, .. } | Self::Chain { member, .. } | Self::Proof { member, .. } => {
+                Some(member)
+            }
             Self::NotFound { name } | Self::Ambiguous { name, .. } => Some(name),
             _ => None,
         }

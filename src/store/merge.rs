@@ -108,7 +108,12 @@ impl MergeInput {
     /// The alignment in bytes that cloning from each layer needs, 0 where it must be copied.
     #[must_use]
     pub fn clone_alignment(&self, capabilities: Option<&Capabilities>) -> Vec<u64> {
-        let alignment = capabilities.filter(|can| can.clone).map_or(0, |can| can.clone_alignment);
+        self.alignments(capabilities.filter(|can| can.clone).map_or(0, |can| can.clone_alignment))
+    }
+
+    /// As [`MergeInput::clone_alignment`], for a store whose clones need `alignment`; 0: it has none.
+    #[must_use]
+    pub fn alignments(&self, alignment: u64) -> Vec<u64> {
         self.same_store.iter().map(|same| if *same { alignment } else { 0 }).collect()
     }
 

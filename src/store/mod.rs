@@ -21,6 +21,7 @@ pub mod facts;
 pub mod merge;
 pub mod names;
 mod open;
+pub mod prove;
 pub mod record;
 pub mod scan;
 pub mod standalone;

@@ -1,34 +1,29 @@
-//! One merge: build the survivor's new file, prove it, publish it, let the checkpoint file follow.
+//! One merge up to the decision: build the survivor's new file, prove it. Of a merge in place only the plan is
+//! made: its bytes are written after the decision.
 
-use std::sync::Arc;
-
-use rayon::prelude::*;
-
-use crate::backend::{Capabilities, StoreFile};
+use crate::backend::Capabilities;
 use crate::chain::delete::Merge;
-use crate::chain::proof::{Proof, ProofError, Range, prove};
-use crate::change::{Guard, Staged, checkpoint};
+use crate::chain::proof::Proof;
+use crate::change::record::{InPlace, Mark, Publication};
+use crate::change::{ChangeError, Operation};
 use crate::failure::{Code, Failure, with_causes};
 use crate::ops::delete::context::Context;
-use crate::ops::delete::follow::{has_checkpoint, new_parent_name};
 use crate::ops::delete::plan::{Entry, Mode};
 use crate::ops::{OpError, Result};
-use crate::qcow2::check::{Limits, check};
 use crate::qcow2::layout::Layout;
-use crate::qcow2::write::{Sources, Written, write};
-use crate::qcow2::{Header, Image, ImageError};
+use crate::qcow2::write::{Sources, Written, clonable, write};
+use crate::qcow2::{Image, ImageError};
 use crate::store::Stores;
-use crate::store::chain::OpenChain;
 use crate::store::facts::Stamp;
 use crate::store::merge::MergeInput;
+use crate::store::prove::prove;
 use crate::store::scan::Scan;
 
-/// Bytes compared at once by one thread of the proof.
-const COMPARE_BYTES: u64 = 1 << 20;
-
-/// What a merge did.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Merged {
+/// A merge that is ready to be decided.
+#[derive(Debug)]
+pub struct Built {
+    /// How it is to be published.
+    pub publication: Publication,
     /// What was written.
     pub written: Written,
     /// What was proved.
@@ -37,24 +32,42 @@ pub struct Merged {
     pub allocated_bytes: u64,
 }
 
-/// Carries out one merge of the plan, with its input opened before anything of its tree was published.
-pub fn execute(context: &Context<'_>, guard: &Guard, entry: &Entry, input: &MergeInput) -> Result<Merged> {
-    let Some(merge) = &entry.merge else { return Ok(Merged::default()) };
+/// Builds one merge of the plan, with its input opened before anything of its tree was changed. `index` tells
+/// its files from others of the operation.
+pub fn build(
+    context: &Context<'_>,
+    operation: &Operation<'_>,
+    entry: &Entry,
+    merge: &Merge,
+    input: &MergeInput,
+    index: usize,
+) -> Result<Built> {
     let (stores, scan) = (context.stores, context.scan);
     unchanged(stores, scan, merge, input)?;
+    let layout = if entry.mode == Mode::InPlace { input.layout_onto(None)? } else { input.layout()? };
     let key = &scan.graph.node(merge.survivor).key;
-    let store = stores.get(key.store)?;
-    let layout = input.layout()?;
     let capabilities: Option<&Capabilities> =
-        context.plan.capabilities.get(&key.store).filter(|_| entry.mode == Mode::Clone);
+        context.plan.capabilities.get(&key.store).filter(|can| entry.mode != Mode::Copy && can.clone);
     let alignment = input.clone_alignment(capabilities);
     if input.cost(&layout, &alignment) != entry.cost {
         return Err(changed(stores, scan, merge));
     }
+    if entry.mode == Mode::InPlace {
+        return plan_in_place(
+            context,
+            operation,
+            merge,
+            input,
+            &layout,
+            index,
+            capabilities.map_or(0, |can| can.clone_alignment),
+        );
+    }
     let images: Vec<Image> = input.upper.images().cloned().collect();
-    let Some(old) = images.first() else { return Ok(Merged::default()) };
-    let staged = Staged::create(guard, store.backend(), &key.path, old.file().as_ref())
-        .map_err(|error| change_error(stores, scan, merge, &error))?;
+    let Some(old) = images.first() else { return Err(changed(stores, scan, merge)) };
+    let failed = |error| change_error(stores, scan, merge, &error);
+    let staged = operation.stage(key, &format!("{index}.image"), old.file().as_ref()).map_err(failed)?;
+    reserve(&layout, &staged, &alignment, &stores.display(key))?;
     let below = |at, buffer: &mut [u8]| input.lower.read(at, buffer);
     let sources = Sources {
         layers: &images,
@@ -62,21 +75,93 @@ pub fn execute(context: &Context<'_>, guard: &Guard, entry: &Entry, input: &Merg
         below: &below,
         progress: context.progress,
         cancel: context.cancel,
+        pace: &context.site.pace,
     };
     let written = write(&layout, staged.file(), &sources, input.upper.map())?;
-    let sealed = staged.seal().map_err(|error| change_error(stores, scan, merge, &error))?;
-    let proof = prove_sealed(&layout, input, &sealed, &stores.display(key))?;
-    let allocated_bytes = sealed.stat().map(|stat| stat.allocated_bytes).unwrap_or_default();
+    let sealed = staged.seal(context.site).map_err(failed)?;
+    let name = stores.display(key);
+    let image = Image::open(sealed.file.clone(), &format!("the new file of {name}"))
+        .map_err(|error| proof_failed(&name, error))?;
+    let proof = prove(&layout, input, image, &name)?;
     context.cancel.check()?;
     unchanged(stores, scan, merge, input)?;
-    staged.publish().map_err(|error| change_error(stores, scan, merge, &error))?;
-    if has_checkpoint(scan, merge) {
-        let followed = checkpoint::follow(guard, store.backend(), &key.path, new_parent_name(scan, merge));
-        if !context.force {
-            followed.map_err(|error| change_error(stores, scan, merge, &error))?;
-        }
+    Ok(Built { publication: sealed.publication, written, proof, allocated_bytes: sealed.allocated_bytes })
+}
+
+/// A new file that cannot even be opened is a failed proof; a failing store is that.
+fn proof_failed(name: &str, error: ImageError) -> OpError {
+    match error {
+        error @ ImageError::Store { .. } => OpError::Image(error),
+        error => OpError::Refused {
+            code: Code::ProofFailed,
+            member: name.to_owned(),
+            message: format!("the new file was thrown away: {}", with_causes(&error)),
+        },
     }
-    Ok(Merged { written, proof, allocated_bytes })
+}
+
+/// Takes the space for all that will be written, so that running out of it shows before the first byte. What
+/// is cloned takes none.
+fn reserve(layout: &Layout, staged: &crate::change::Staged, alignment: &[u64], name: &str) -> Result<()> {
+    let failed = |source| OpError::Image(ImageError::Store { image: name.to_owned(), source });
+    let mut at = 0;
+    for run in layout.moves().filter(|run| clonable(run, alignment)) {
+        if run.to > at && !staged.file().reserve(at, run.to - at).map_err(failed)? {
+            return Ok(());
+        }
+        at = run.to + run.length;
+    }
+    if layout.file_length() > at {
+        staged.file().reserve(at, layout.file_length() - at).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// What a merge in place will do, for the record.
+fn plan_in_place(
+    context: &Context<'_>,
+    operation: &Operation<'_>,
+    merge: &Merge,
+    input: &MergeInput,
+    layout: &Layout,
+    index: usize,
+    clone_alignment: u64,
+) -> Result<Built> {
+    let (stores, scan, site) = (context.stores, context.scan, context.site);
+    let failed = |error| change_error(stores, scan, merge, &error);
+    let place = |id| site.place(&scan.graph.node(id).key).map_err(failed);
+    let (Some(survivor), Some(lowest), Some((_, base))) =
+        (input.upper.images().next(), input.upper.images().last(), layout.kept())
+    else {
+        return Err(changed(stores, scan, merge));
+    };
+    let stat = |image: &Image| {
+        let name = image.name().to_owned();
+        image.file().stat().map_err(|source| OpError::Image(ImageError::Store { image: name, source }))
+    };
+    let (old, new) = (Mark::from(&stat(survivor)?), Mark::from(&stat(lowest)?));
+    let key = &scan.graph.node(merge.survivor).key;
+    let what = format!("{index}.image");
+    // Whether the survivor's owner and attributes can be given to another file must be known by now.
+    let trial = operation.stage(key, &format!("{index}.trial"), survivor.file().as_ref()).map_err(failed)?;
+    trial.discard(site).map_err(failed)?;
+    let members = merge.merged.iter().chain([&merge.survivor]).map(|id| place(*id)).collect::<Result<_>>()?;
+    let plan = InPlace {
+        members,
+        length: new.length,
+        base,
+        clone_alignment,
+        new_parent: merge.new_parent.map(place).transpose()?,
+    };
+    let publication = Publication {
+        at: place(merge.survivor)?,
+        from: operation.temporary(key, &what).map_err(failed)?,
+        new,
+        old,
+        kept: operation.kept(key, &what).map_err(failed)?,
+        in_place: Some(plan),
+    };
+    Ok(Built { publication, written: Written::default(), proof: Proof::default(), allocated_bytes: 0 })
 }
 
 /// The files that were opened are the ones that were planned with, and still have their names.
@@ -97,94 +182,6 @@ fn unchanged(stores: &Stores, scan: &Scan, merge: &Merge, input: &MergeInput) ->
     Ok(())
 }
 
-/// Parses the sealed file again and proves that it replaces the members it was made from.
-fn prove_sealed(
-    layout: &Layout,
-    input: &MergeInput,
-    sealed: &Arc<dyn StoreFile>,
-    name: &str,
-) -> Result<Proof> {
-    let failed = |message: String| OpError::Refused {
-        code: Code::ProofFailed,
-        member: name.to_owned(),
-        message: format!("the new file was thrown away: {message}"),
-    };
-    let new_name = format!("the new file of {name}");
-    // What is wrong with the new file itself is a failed proof; what the store or the old chain fails with
-    // stays what it is.
-    let judged = |error: ImageError| match error {
-        ImageError::Store { .. } | ImageError::Cancelled { .. } => OpError::Image(error),
-        error if error.member() == Some(&new_name) => failed(with_causes(&error)),
-        error => OpError::Image(error),
-    };
-    let image = Image::open(sealed.clone(), &new_name).map_err(judged)?;
-    if let Some(difference) = header_differs(layout, image.header()) {
-        return Err(failed(format!("its header has another {difference}")));
-    }
-    let report = check(&image, &Limits::default()).map_err(judged)?;
-    if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete {
-        let first = report.findings.first().map(|finding| finding.message.clone()).unwrap_or_default();
-        return Err(failed(format!("its structure is not sound: {first}")));
-    }
-    let new = OpenChain::of(vec![image.clone()]);
-    let replacement = OpenChain::of(std::iter::once(image).chain(input.lower.images().cloned()).collect());
-    let old_view = OpenChain::of(input.upper.images().chain(input.lower.images()).cloned().collect());
-    let equal = |ranges: &[Range]| first_difference(&old_view, &replacement, ranges);
-    prove(layout, input.upper.map(), new.map(), input.lower.virtual_size(), equal).map_err(
-        |error| match error {
-            ProofError::Read(error) => judged(error),
-            error => failed(error.to_string()),
-        },
-    )
-}
-
-/// The first field in which a new header is not what was planned.
-fn header_differs(layout: &Layout, header: &Header) -> Option<&'static str> {
-    let options = layout.options();
-    let backing = header.backing.as_ref().map(|backing| (backing.name.as_slice(), backing.format.as_deref()));
-    let wanted =
-        options.backing.as_ref().map(|backing| (backing.name.as_slice(), Some(backing.format.as_str())));
-    [
-        (header.version == layout.version(), "version"),
-        (header.cluster_bits == options.cluster_bits, "cluster size"),
-        (header.virtual_size == options.virtual_size, "virtual size"),
-        (header.refcount_order == options.refcount_order, "refcount width"),
-        (header.extended_l2 == options.extended_l2, "form of L2 entries"),
-        (header.compression == options.compression, "compression type"),
-        (backing == wanted, "backing file"),
-        (!header.dirty && header.snapshot_count == 0 && header.bitmaps.is_none(), "state"),
-    ]
-    .into_iter()
-    .find_map(|(same, field)| (!same).then_some(field))
-}
-
-/// Reads guest ranges through both chains, in parallel.
-fn first_difference(
-    old: &OpenChain,
-    new: &OpenChain,
-    ranges: &[Range],
-) -> std::result::Result<Option<Range>, ImageError> {
-    let differs = |range: &Range| -> std::result::Result<Option<Range>, ImageError> {
-        let (start, length) = *range;
-        let mut done = 0;
-        while done < length {
-            let step = (length - done).min(COMPARE_BYTES);
-            let size = usize::try_from(step).unwrap_or_default();
-            let (mut a, mut b) = (vec![0; size], vec![0; size]);
-            old.read(start.plus(done), &mut a)?;
-            new.read(start.plus(done), &mut b)?;
-            if a != b {
-                return Ok(Some((start.plus(done), step)));
-            }
-            done += step;
-        }
-        Ok(None)
-    };
-    let found: Vec<Option<Range>> =
-        ranges.par_iter().map(differs).collect::<std::result::Result<_, ImageError>>()?;
-    Ok(found.into_iter().flatten().next())
-}
-
 fn changed(stores: &Stores, scan: &Scan, merge: &Merge) -> OpError {
     OpError::Refused {
         code: Code::ChangedMeanwhile,
@@ -193,7 +190,7 @@ fn changed(stores: &Stores, scan: &Scan, merge: &Merge) -> OpError {
     }
 }
 
-fn change_error(stores: &Stores, scan: &Scan, merge: &Merge, error: &crate::change::ChangeError) -> OpError {
+fn change_error(stores: &Stores, scan: &Scan, merge: &Merge, error: &ChangeError) -> OpError {
     OpError::Refused {
         code: error.code(),
         member: stores.display(&scan.graph.node(merge.survivor).key),

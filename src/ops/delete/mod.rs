@@ -7,13 +7,14 @@
 mod context;
 mod follow;
 mod merge;
+mod mode;
 mod plan;
 mod report;
 mod run;
 mod select;
 
-pub use context::Context;
+pub use context::{Context, Terms};
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
 pub use run::run;
-pub use select::{ModeChoice, Request};
+pub use select::{InPlacePolicy, ModeChoice, Request};

@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use crate::backend::Capabilities;
 use crate::chain::delete::{Departure, Merge};
 use crate::chain::graph::NodeId;
-use crate::failure::Code;
 use crate::ops::delete::follow;
-use crate::ops::delete::select::{ModeChoice, Request, select};
+use crate::ops::delete::mode::{Choice, choose};
+use crate::ops::delete::select::{Request, select};
 use crate::ops::{OpError, Result};
 use crate::store::Stores;
-use crate::store::merge::{Cost, MergeInput};
+use crate::store::merge::Cost;
 use crate::store::record::own;
 use crate::store::scan::Scan;
 
@@ -21,6 +21,8 @@ use crate::store::scan::Scan;
 pub enum Mode {
     /// By sharing extents.
     Clone,
+    /// By writing into the lowest deleted member.
+    InPlace,
     /// By copying.
     Copy,
     /// Nothing is moved: a name goes.
@@ -33,6 +35,7 @@ impl Mode {
     pub fn word(self) -> &'static str {
         match self {
             Self::Clone => "clone",
+            Self::InPlace => "in-place",
             Self::Copy => "copy",
             Self::Remove => "remove",
         }
@@ -94,10 +97,6 @@ impl Plan {
 /// run it writes probes of what a store can do, under `.qchain/tmp`, and removes them.
 pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan> {
     stores.check_writable()?;
-    if request.mode == ModeChoice::InPlace {
-        let message = "this version merges into new files only (modes clone and copy)".to_owned();
-        return Err(OpError::Refused { code: Code::ModeImpossible, member: "in-place".to_owned(), message });
-    }
     let mut trees: Vec<(usize, Vec<NodeId>)> = Vec::new();
     for target in &request.targets {
         let tree = scan.graph.tree_of(*target);
@@ -148,6 +147,7 @@ fn plan_tree(
     targets: Vec<NodeId>,
 ) -> TreePlan {
     let planned = select(stores, scan, request, &targets).and_then(|groups| {
+        follow::plan(stores, scan, &targets, request.force)?;
         let mut entries = groups
             .merges
             .iter()
@@ -184,20 +184,7 @@ fn plan_merge(
     capabilities: &BTreeMap<usize, Capabilities>,
     merge: &Merge,
 ) -> Result<Entry> {
-    let input = MergeInput::open(stores, scan, merge)?;
-    if !request.force {
-        follow::check(stores, scan, merge)?;
-    }
-    let layout = input.layout()?;
-    let store = scan.graph.node(merge.survivor).key.store;
-    let probed = capabilities.get(&store);
-    let (mode, reason) = choose(stores, scan, request.mode, merge, probed)?;
-    let alignment = input.clone_alignment(probed.filter(|_| mode == Mode::Clone));
-    let cost = input.cost(&layout, &alignment);
-    let reason = match mode {
-        Mode::Clone => format!("{reason}; {} runs are cloned", cost.clone_runs),
-        Mode::Copy | Mode::Remove => reason,
-    };
+    let Choice { mode, reason, cost } = choose(stores, scan, request, capabilities, merge)?;
     // A member with several children goes with the last of them; its space is counted with its first.
     let first_child = |id: &NodeId| {
         let child = merge.merged.iter().position(|other| other == id);
@@ -217,27 +204,6 @@ fn plan_merge(
         bytes_needed: cost.written_bytes(),
         merge: Some(merge.clone()),
     })
-}
-
-fn choose(
-    stores: &Stores,
-    scan: &Scan,
-    asked: ModeChoice,
-    merge: &Merge,
-    capabilities: Option<&Capabilities>,
-) -> Result<(Mode, String)> {
-    let clones = capabilities.is_some_and(|found| found.clone);
-    match asked {
-        ModeChoice::Copy => Ok((Mode::Copy, "asked for".to_owned())),
-        ModeChoice::Clone if clones => Ok((Mode::Clone, "asked for".to_owned())),
-        ModeChoice::Clone | ModeChoice::InPlace => {
-            let member = stores.display(&scan.graph.node(merge.survivor).key);
-            let message = "its file system cannot share extents between files".to_owned();
-            Err(OpError::Refused { code: Code::ModeImpossible, member, message })
-        }
-        ModeChoice::Auto if clones => Ok((Mode::Clone, "the file system shares extents".to_owned())),
-        ModeChoice::Auto => Ok((Mode::Copy, "the file system cannot share extents".to_owned())),
-    }
 }
 
 /// Refuses what does not fit beside what was planned before it. All entries may run at the same time.

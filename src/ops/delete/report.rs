@@ -50,7 +50,7 @@ impl Status {
 /// What became of one entry of the plan.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Random, unique.
+    /// Random; one for all entries of a tree.
     pub operation: String,
     /// How it ended.
     pub status: Status,
@@ -70,6 +70,14 @@ pub struct Outcome {
     pub bytes_cloned: u64,
     /// Bytes given back to the store, by the allocation of the files before and after.
     pub bytes_freed_now: u64,
+    /// Bytes that come back when what is kept for an undo goes.
+    pub bytes_held_until_purge: u64,
+    /// Until when it can be undone, nanoseconds since 1970; `None` if it cannot.
+    pub undo_until_ns: Option<i64>,
+    /// Worth telling, although it ended well: a deleted member that stays for a while, a rehearsal.
+    pub note: Option<String>,
+    /// The allocation of the new file, in bytes.
+    pub new_bytes: u64,
     /// Guest bytes for which the new image was proved to resolve to the old sources.
     pub planned_bytes: u64,
     /// Guest bytes that were read on both sides and compared.

@@ -1,191 +1,319 @@
-//! Carries out a plan: all survivors of a tree are written and published, in parallel, then deleted names go.
+//! Carries out a plan: all survivors of a tree are built and proved, one decision is made for the tree, new
+//! files are published; then, for all trees together, deleted names go as far as they are due.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use rayon::prelude::*;
 
-use crate::chain::delete::Departure;
-use crate::chain::graph::NodeId;
-use crate::change::{Guard, checkpoint};
+use crate::chain::graph::{Key, NodeId};
+use crate::change::departure::{Departed, depart};
+use crate::change::publication::Published;
+use crate::change::record::{Commit, Departure as Leaves, Publication, Purpose};
+use crate::change::recover::{Action, Extent, finish};
+use crate::change::{Decided, Guard, Operation, checkpoint, tree};
+use crate::cloudstack::paths::checkpoint_of;
 use crate::failure::{Code, Failure};
 use crate::ops::delete::context::Context;
-use crate::ops::delete::merge::{Merged, execute};
-use crate::ops::delete::plan::{Entry, Mode, TreePlan};
+use crate::ops::delete::follow;
+use crate::ops::delete::merge::{Built, build};
+use crate::ops::delete::plan::{Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::{OpError, Result};
-use crate::progress::Silent;
 use crate::store::StoreError;
 use crate::store::merge::MergeInput;
-use crate::store::scan::{Scan, ScanOptions};
+
+/// A tree whose change was decided.
+struct Changed<'s> {
+    decided: Decided<'s>,
+    published: Vec<Published>,
+}
 
 /// Carries out the plan. One failing tree stops no other; each entry has its outcome. Blocks until all is
-/// published and durable.
-pub fn run(context: &Context<'_>, guard: &Guard) -> Result<Report> {
+/// published and durable, and deleted members are gone as far as they are due.
+pub fn run(context: &Context<'_>, _guard: &Guard) -> Result<Report> {
     let total = context.plan.entries().map(|entry| entry.cost.file_bytes()).sum();
     context.progress.phase("merging", total);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(context.jobs.max(1)).build();
     let pool = pool.map_err(|error| StoreError::Usage { detail: format!("--jobs: {error}") })?;
-    let trees: Vec<Vec<Outcome>> =
-        pool.install(|| context.plan.trees.par_iter().map(|tree| run_tree(context, guard, tree)).collect());
-    Ok(Report { outcomes: trees.into_iter().flatten().collect() })
+    let mut trees: Vec<(Vec<Outcome>, Option<Changed<'_>>)> =
+        pool.install(|| context.plan.trees.par_iter().map(|tree| run_tree(context, tree)).collect());
+    let changed: Vec<(&Decided<'_>, &[Published])> = trees
+        .iter()
+        .filter_map(|(_, changed)| changed.as_ref())
+        .map(|changed| (&changed.decided, changed.published.as_slice()))
+        .collect();
+    let departed = depart(context.site, &changed);
+    let mut index = 0;
+    for ((outcomes, changed), tree) in trees.iter_mut().zip(&context.plan.trees) {
+        let Some(changed) = changed else { continue };
+        let result = match &departed {
+            Ok(departed) => Ok(departed.get(index).cloned().unwrap_or_default()),
+            Err(error) => Err(stopped(error)),
+        };
+        index += 1;
+        conclude(context, tree, changed, result, outcomes);
+    }
+    Ok(Report { outcomes: trees.into_iter().flat_map(|(outcomes, _)| outcomes).collect() })
 }
 
-fn run_tree(context: &Context<'_>, guard: &Guard, tree: &TreePlan) -> Vec<Outcome> {
+/// An error between the decision and the end: what is left is finished by whoever recovers it.
+fn stopped(error: &dyn Failure) -> OpError {
+    let message = format!("it is decided, and recover finishes it: {}", crate::failure::with_causes(error));
+    OpError::Refused { code: error.code(), member: error.member().unwrap_or_default().to_owned(), message }
+}
+
+fn run_tree<'s>(context: &Context<'s>, tree: &TreePlan) -> (Vec<Outcome>, Option<Changed<'s>>) {
     if let Some(refusal) = &tree.refusal {
         let mut outcome = outcome(&tree.targets, None, None);
-        let error = again(refusal);
-        outcome.status = Status::of(error.kind());
-        outcome.error = Some(error);
-        return vec![outcome];
+        fail(&mut outcome, again(refusal));
+        return (vec![outcome], None);
+    }
+    let mut outcomes: Vec<Outcome> =
+        tree.entries.iter().map(|entry| outcome(&entry.members, entry.into, Some(entry.mode))).collect();
+    match change(context, tree, &mut outcomes) {
+        Ok(changed) => (outcomes, changed),
+        Err(error) => {
+            for outcome in outcomes.iter_mut().filter(|outcome| outcome.error.is_none()) {
+                fail(outcome, again(&error));
+            }
+            (outcomes, None)
+        }
+    }
+}
+
+/// Builds, decides, publishes.
+fn change<'s>(
+    context: &Context<'s>,
+    tree: &TreePlan,
+    outcomes: &mut [Outcome],
+) -> Result<Option<Changed<'s>>> {
+    context.cancel.check()?;
+    let (site, graph) = (context.site, &context.scan.graph);
+    let Some(first) = tree.targets.first() else { return Ok(None) };
+    let root = graph.node(tree::root(graph, *first)).key.clone();
+    let members = tree.targets.iter().map(|id| site.place(&graph.node(*id).key));
+    let operation = Operation::begin(site, &root, members.collect::<std::result::Result<_, _>>()?)?;
+    for outcome in outcomes.iter_mut() {
+        operation.id().as_str().clone_into(&mut outcome.operation);
     }
     // All inputs are opened before anything is published, so that each reads the tree as it was planned.
-    let inputs: Vec<Option<Result<MergeInput>>> = tree
+    let inputs: Vec<Option<MergeInput>> = tree
         .entries
         .iter()
-        .map(|entry| {
-            let merge = entry.merge.as_ref()?;
-            Some(MergeInput::open(context.stores, context.scan, merge).map_err(OpError::from))
+        .map(|entry| match &entry.merge {
+            Some(merge) => Ok(Some(MergeInput::open(context.stores, context.scan, merge)?)),
+            None => Ok(None),
         })
-        .collect();
-    let mut outcomes: Vec<Outcome> = tree
+        .collect::<Result<_>>()?;
+    let built = tree
         .entries
         .par_iter()
-        .zip(inputs)
-        .map(|(entry, input)| match input {
-            Some(input) => run_merge(context, guard, entry, input),
-            None => outcome(&entry.members, None, Some(Mode::Remove)),
+        .zip(&inputs)
+        .zip(outcomes.par_iter_mut())
+        .enumerate()
+        .map(|(index, ((entry, input), outcome))| {
+            let (Some(merge), Some(input)) = (&entry.merge, input) else { return Ok(None) };
+            let started = Instant::now();
+            let built = build(context, &operation, entry, merge, input, index)?;
+            note_built(outcome, &built, started);
+            Ok(Some(built))
         })
-        .collect();
-    depart(context, guard, tree, &mut outcomes);
-    outcomes
-}
-
-fn run_merge(context: &Context<'_>, guard: &Guard, entry: &Entry, input: Result<MergeInput>) -> Outcome {
-    let started = Instant::now();
-    let mut outcome = outcome(&entry.members, entry.into, Some(entry.mode));
-    let merged = input.and_then(|input| {
-        context.cancel.check()?;
-        execute(context, guard, entry, &input)
-    });
-    match merged {
-        Ok(Merged { written, proof, allocated_bytes }) => {
-            outcome.bytes_written = written.data_bytes;
-            outcome.metadata_bytes_written = written.metadata_bytes;
-            outcome.bytes_cloned = written.cloned_bytes;
-            outcome.planned_bytes = proof.planned_bytes;
-            outcome.compared_bytes = proof.compared_bytes;
-            let before = entry.into.and_then(|id| context.scan.member(id));
-            let before = before.map_or(0, |member| member.stat.allocated_bytes);
-            // What the new file takes more than the old one comes off when the deleted members go.
-            outcome.bytes_freed_now = before.wrapping_sub(allocated_bytes);
+        .collect::<Vec<Result<Option<Built>>>>();
+    let built = first_error(built, outcomes)?;
+    drop(inputs);
+    let publications: Vec<Publication> = built.into_iter().flatten().map(|built| built.publication).collect();
+    let commit = commit(context, tree, &operation, publications)?;
+    if context.terms.rehearse {
+        operation.take_back()?;
+        for outcome in outcomes.iter_mut() {
+            outcome.status = Status::Done;
+            outcome.note = Some("rehearsed: nothing was changed".to_owned());
         }
-        Err(error) => fail(&mut outcome, error),
+        return Ok(None);
     }
-    outcome.elapsed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    outcome
-}
-
-/// Lets the deleted names of a tree go, children first, each only if all that read through it are published
-/// and a new look finds nobody else who does.
-fn depart(context: &Context<'_>, guard: &Guard, tree: &TreePlan, outcomes: &mut [Outcome]) {
-    let published: BTreeSet<NodeId> = outcomes
+    let roots: Vec<Key> = tree
+        .entries
         .iter()
-        .filter(|outcome| outcome.error.is_none())
-        .filter_map(|outcome| outcome.into)
+        .filter_map(|entry| entry.merge.as_ref())
+        .filter(|merge| merge.new_parent.is_none())
+        .map(|merge| graph.node(merge.survivor).key.clone())
         .collect();
-    let ready = |departure: &&Departure| departure.after.iter().all(|survivor| published.contains(survivor));
-    let mut fresh = None;
-    let mut freed = vec![0u64; outcomes.len()];
-    for departure in tree.departures.iter().filter(ready) {
-        // Its space is counted with the first entry that has it.
-        let Some(at) = outcomes.iter().position(|outcome| outcome.members.contains(&departure.member)) else {
-            continue;
-        };
-        let removed = if context.cancel.check().is_err() {
-            Err(OpError::Cancelled(crate::progress::Cancelled))
-        } else {
-            fresh_scan(context, &mut fresh).and_then(|fresh| remove(context, guard, fresh, departure.member))
-        };
-        match removed {
-            Ok(bytes) => {
-                if let Some(place) = freed.get_mut(at) {
-                    *place += bytes;
-                }
-            }
+    context.cancel.check()?;
+    let decided = operation.decide(commit, &roots)?;
+    let published = decided.publish().map_err(|error| stopped(&error))?;
+    Ok(Some(Changed { decided, published }))
+}
+
+/// All of them, or the first error; each goes to its own outcome, so that the one that failed says why.
+fn first_error(built: Vec<Result<Option<Built>>>, outcomes: &mut [Outcome]) -> Result<Vec<Option<Built>>> {
+    let mut good = Vec::new();
+    let mut failed = None;
+    for (built, outcome) in built.into_iter().zip(outcomes) {
+        match built {
+            Ok(built) => good.push(built),
             Err(error) => {
-                for outcome in outcomes.iter_mut() {
-                    if outcome.members.contains(&departure.member) && outcome.error.is_none() {
-                        fail(outcome, again(&error));
-                    }
-                }
-                // What lies below it may be read through it still.
-                break;
+                failed.get_or_insert_with(|| again(&error));
+                fail(outcome, error);
             }
         }
     }
-    for (outcome, freed) in outcomes.iter_mut().zip(freed) {
-        let sum = outcome.bytes_freed_now.wrapping_add(freed);
-        // Below zero while extents are shared with a member that stays: nothing came back.
-        outcome.bytes_freed_now = i64::try_from(sum).map_or(0, |_| sum);
+    failed.map_or(Ok(good), Err)
+}
+
+fn note_built(outcome: &mut Outcome, built: &Built, started: Instant) {
+    outcome.bytes_written = built.written.data_bytes;
+    outcome.metadata_bytes_written = built.written.metadata_bytes;
+    outcome.bytes_cloned = built.written.cloned_bytes;
+    outcome.planned_bytes = built.proof.planned_bytes;
+    outcome.compared_bytes = built.proof.compared_bytes;
+    outcome.new_bytes = built.allocated_bytes;
+    outcome.elapsed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+}
+
+/// The record of what is to be done.
+fn commit(
+    context: &Context<'_>,
+    tree: &TreePlan,
+    operation: &Operation<'_>,
+    publications: Vec<Publication>,
+) -> Result<Commit> {
+    let (site, graph) = (context.site, &context.scan.graph);
+    let key = |id: NodeId| &graph.node(id).key;
+    let survivors: Vec<NodeId> = tree.entries.iter().filter_map(|entry| entry.into).collect();
+    let index_of = |survivor: &NodeId| survivors.iter().position(|other| other == survivor);
+    let mut checkpoints = Vec::new();
+    let edits = follow::plan(context.stores, context.scan, &tree.targets, context.force)?;
+    for (number, (file, edit)) in edits.into_iter().enumerate() {
+        let after = survivors.iter().position(|id| {
+            key(*id).store == file.store && checkpoint_of(&key(*id).path).as_ref() == Some(&file.path)
+        });
+        checkpoints.push(checkpoint::record(operation, &file, edit, &format!("{number}.checkpoint"), after)?);
+    }
+    let mut departures: Vec<Leaves> = Vec::new();
+    for (number, departure) in tree.departures.iter().enumerate() {
+        let after: Vec<usize> = departure.after.iter().filter_map(index_of).collect();
+        let mut leaves = operation.departure(key(departure.member), &format!("{number}.member"), after)?;
+        let planned = context.scan.member(departure.member);
+        if planned.is_none_or(|member| !leaves.is(&member.stat)) {
+            return Err(OpError::Refused {
+                code: Code::ChangedMeanwhile,
+                member: context.stores.display(key(departure.member)),
+                message: "it was changed or replaced by somebody else meanwhile".to_owned(),
+            });
+        }
+        let own = site.place(key(departure.member))?;
+        leaves.becomes = publications
+            .iter()
+            .position(|one| one.in_place.as_ref().is_some_and(|plan| plan.members.first() == Some(&own)));
+        departures.push(leaves);
+    }
+    Ok(Commit {
+        purpose: Purpose::Delete,
+        grace_ns: context.terms.grace_ns,
+        retention_ns: context.terms.retention_ns,
+        restores: Vec::new(),
+        publications,
+        checkpoints,
+        departures,
+    })
+}
+
+/// What became of a decided tree, told to its outcomes; what is due of its end is done.
+fn conclude(
+    context: &Context<'_>,
+    tree: &TreePlan,
+    changed: &Changed<'_>,
+    departed: Result<Vec<Departed>>,
+    outcomes: &mut [Outcome],
+) {
+    let Changed { decided, published } = changed;
+    let survivors: Vec<NodeId> = tree.entries.iter().filter_map(|entry| entry.into).collect();
+    for outcome in outcomes.iter_mut() {
+        let index = outcome.into.and_then(|into| survivors.iter().position(|other| *other == into));
+        if let Some(Published::TakenBack { code, reason }) = index.and_then(|index| published.get(index)) {
+            let member = outcome.into.map(|id| context.stores.display(&context.scan.graph.node(id).key));
+            let (code, member, message) = (*code, member.unwrap_or_default(), reason.clone());
+            fail(outcome, OpError::Refused { code, member, message });
+        }
+    }
+    let done = departed.and_then(|departed| {
+        note_departed(tree, &departed, outcomes);
+        let mut kept = Vec::new();
+        let extent = Extent::default();
+        let action =
+            finish(context.site, decided, published, &departed, extent, context.terms.witness, &mut kept)
+                .map_err(|error| stopped(&error))?;
+        Ok((departed, action))
+    });
+    match done {
+        Ok((departed, action)) => note_end(context, tree, changed, &departed, &action, outcomes),
+        Err(error) => {
+            for outcome in outcomes.iter_mut().filter(|outcome| outcome.error.is_none()) {
+                fail(outcome, again(&error));
+            }
+        }
     }
 }
 
-/// A scan made after the tree's survivors were published, once for all its departures.
-fn fresh_scan<'s>(context: &Context<'_>, fresh: &'s mut Option<Scan>) -> Result<&'s Scan> {
-    if fresh.is_none() {
-        let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
-        *fresh = Some(Scan::run(context.stores, &options)?);
+/// A deleted member that stays for another reason than its grace fails its entries.
+fn note_departed(tree: &TreePlan, departed: &[Departed], outcomes: &mut [Outcome]) {
+    for (departure, departed) in tree.departures.iter().zip(departed) {
+        for outcome in outcomes.iter_mut().filter(|outcome| outcome.members.contains(&departure.member)) {
+            match departed {
+                Departed::Kept { code, reason } if outcome.error.is_none() => {
+                    let (code, message) = (*code, reason.clone());
+                    fail(outcome, OpError::Refused { code, member: String::new(), message });
+                }
+                Departed::Waits(_) => {
+                    outcome.note = Some("deleted members keep their names for the grace".to_owned());
+                }
+                Departed::Kept { .. } | Departed::Gone => {}
+            }
+        }
     }
-    fresh.as_ref().ok_or_else(|| StoreError::Usage { detail: "no scan".to_owned() }.into())
 }
 
-/// Removes one deleted member and its checkpoint file; gives the bytes that its file took.
-fn remove(context: &Context<'_>, guard: &Guard, fresh: &Scan, id: NodeId) -> Result<u64> {
-    let key = &context.scan.graph.node(id).key;
-    let display = context.stores.display(key);
-    let refuse = |code, message: String| OpError::Refused { code, member: display.clone(), message };
-    let store = context.stores.get(key.store)?;
-    let fail = |source| OpError::Store(StoreError::backend(store, source));
-    let Some(found) = fresh.graph.find(key) else {
-        // Somebody else removed it; that is what was wanted.
-        return Ok(0);
-    };
-    let planned = context.scan.member(id).map(|member| (member.stat.id, member.stat.length));
-    let now = store.backend().stat(&key.path).map_err(fail)?;
-    if planned != Some((now.id, now.length)) {
-        return Err(refuse(
-            Code::ChangedMeanwhile,
-            "another file has its name now; it was left alone".to_owned(),
-        ));
+/// The bytes: what came back, and what comes back later.
+fn note_end(
+    context: &Context<'_>,
+    tree: &TreePlan,
+    changed: &Changed<'_>,
+    departed: &[Departed],
+    action: &Action,
+    outcomes: &mut [Outcome],
+) {
+    let ended = *action == Action::Finished;
+    if let Action::Frozen(reason) = action {
+        for outcome in outcomes.iter_mut() {
+            let message = reason.clone();
+            fail(outcome, OpError::Refused { code: Code::WitnessDiffers, member: String::new(), message });
+        }
     }
-    if let Some(child) = reader(context, fresh, found) {
-        let message = format!("{child} reads through it now; it was left where it is");
-        return Err(refuse(Code::ChangedMeanwhile, message));
+    let mut counted = std::collections::BTreeSet::new();
+    for outcome in outcomes.iter_mut() {
+        let gone = tree.departures.iter().zip(departed).filter(|(departure, departed)| {
+            outcome.members.contains(&departure.member) && **departed == Departed::Gone
+        });
+        // A member that went into several survivors is counted with the first.
+        let mut old: u64 = 0;
+        for (departure, _) in gone {
+            if counted.insert(departure.member) {
+                old += context.scan.allocated_bytes(departure.member);
+            }
+        }
+        if outcome.error.is_none() {
+            old += outcome.into.map_or(0, |into| context.scan.allocated_bytes(into));
+            // Below zero while extents are shared with a member that stays: nothing came back.
+            let freed = old.saturating_sub(outcome.new_bytes);
+            if ended { outcome.bytes_freed_now = freed } else { outcome.bytes_held_until_purge = freed }
+        }
+        outcome.undo_until_ns = changed.decided.undo_until().filter(|_| !ended && outcome.error.is_none());
     }
-    store.backend().remove_file(&key.path).map_err(fail)?;
-    store.backend().sync_dir(&key.path.parent()).map_err(fail)?;
-    checkpoint::remove(guard, store.backend(), &key.path)
-        .map_err(|error| refuse(error.code(), error.to_string()))?;
-    Ok(now.allocated_bytes)
-}
-
-/// A member that is not itself on its way out and reads, or may read, through `id`.
-fn reader(context: &Context<'_>, fresh: &Scan, id: NodeId) -> Option<String> {
-    let leaving = |child: NodeId| {
-        let child = context.scan.graph.find(&fresh.graph.node(child).key);
-        child.is_some_and(|child| {
-            context.plan.trees.iter().any(|tree| tree.departures.iter().any(|gone| gone.member == child))
-        })
-    };
-    let children = fresh.graph.children(id).iter().copied().filter(|child| !leaving(*child));
-    let found = children.chain(fresh.graph.possible_children(id)).next();
-    found.map(|child| context.stores.display(&fresh.graph.node(child).key))
 }
 
 fn outcome(members: &[NodeId], into: Option<NodeId>, mode: Option<Mode>) -> Outcome {
     Outcome {
-        operation: crate::backend::publish::temporary_name().trim_end_matches(".tmp").to_owned(),
+        operation: String::new(),
         status: Status::Done,
         error: None,
         members: members.to_vec(),
@@ -195,6 +323,10 @@ fn outcome(members: &[NodeId], into: Option<NodeId>, mode: Option<Mode>) -> Outc
         metadata_bytes_written: 0,
         bytes_cloned: 0,
         bytes_freed_now: 0,
+        bytes_held_until_purge: 0,
+        undo_until_ns: None,
+        note: None,
+        new_bytes: 0,
         planned_bytes: 0,
         compared_bytes: 0,
         elapsed_ns: 0,
@@ -219,7 +351,7 @@ fn again(error: &OpError) -> OpError {
         error => OpError::Refused {
             code: error.code(),
             member: error.member().unwrap_or_default().to_owned(),
-            message: error.to_string(),
+            message: crate::failure::with_causes(error),
         },
     }
 }

@@ -43,6 +43,22 @@ pub struct Request<'a> {
     pub dry_run: bool,
     /// Leave a checkpoint file that cannot be edited as it is.
     pub force: bool,
+    /// When a merge in place may be chosen.
+    pub in_place: InPlacePolicy,
+    /// Members that were deleted and have their names still.
+    pub leaving: BTreeSet<NodeId>,
+}
+
+/// When a merge in place may be chosen; one that is asked for is not concerned, but for `Never`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InPlacePolicy {
+    /// Where it is much cheaper.
+    #[default]
+    Auto,
+    /// Where there is no room for another way.
+    NoSpace,
+    /// Never.
+    Never,
 }
 
 /// The merges and removals that delete `targets` (all of one tree), or why not.
@@ -51,8 +67,13 @@ pub fn select(stores: &Stores, scan: &Scan, request: &Request<'_>, targets: &[No
     for target in targets {
         check.target(*target)?;
     }
-    let delete: BTreeSet<NodeId> = targets.iter().copied().collect();
-    let groups = group(&scan.graph, &delete)?;
+    // Those that are on their way out read through others, and need nothing of them.
+    let tree = targets.first().map(|target| scan.graph.tree_of(*target));
+    let leaving = request.leaving.iter().copied().filter(|id| Some(scan.graph.tree_of(*id)) == tree);
+    let delete: BTreeSet<NodeId> = targets.iter().copied().chain(leaving).collect();
+    let mut groups = group(&scan.graph, &delete)?;
+    groups.removals.retain(|id| !request.leaving.contains(id));
+    groups.departures.retain(|departure| !request.leaving.contains(&departure.member));
     for merge in &groups.merges {
         check.usable(merge.survivor)?;
         for below in scan.graph.ancestors(merge.survivor).unwrap_or_default() {
@@ -91,6 +112,10 @@ impl<'a> Check<'a> {
     /// A member that is asked away.
     fn target(&self, id: NodeId) -> Result<()> {
         let member = self.member(id)?;
+        if self.request.leaving.contains(&id) {
+            let message = "it was deleted already, and keeps its name until its readers have had their grace";
+            return Err(self.refuse(member, Code::Leaving, message));
+        }
         if member.temporary {
             return Err(self.refuse(member, Code::NotDeletable, "it is CloudStack's own temporary file"));
         }
@@ -114,7 +139,10 @@ impl<'a> Check<'a> {
                 format!("still being made: {}", incoming.reason()),
             ));
         }
-        if member.stat.links > 1 {
+        // A merge in place gives its survivor the deleted member's file, which has both names for a while.
+        let twin =
+            |other: &NodeId| self.scan.member(*other).is_some_and(|twin| twin.stat.id == member.stat.id);
+        if member.stat.links > 1 && !self.request.leaving.iter().any(|other| *other != id && twin(other)) {
             let message = "the file has a second name, under which its old content would stay";
             return Err(self.refuse(member, Code::HardLinked, message));
         }

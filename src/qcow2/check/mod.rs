@@ -8,7 +8,7 @@
 
 mod counts;
 mod snapshots;
-mod stored;
+pub(super) mod stored;
 mod tables;
 #[cfg(test)]
 mod tests;

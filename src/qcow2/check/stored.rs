@@ -18,7 +18,7 @@ const PAGES: usize = 1024;
 
 /// The refcount table, and the pages of its blocks that were used last.
 #[derive(Debug)]
-pub(super) struct Stored<'a> {
+pub(in crate::qcow2) struct Stored<'a> {
     image: &'a Image,
     bits: ClusterBits,
     width: RefcountWidth,
@@ -28,7 +28,7 @@ pub(super) struct Stored<'a> {
 
 impl<'a> Stored<'a> {
     /// Reads the refcount table, at most 8 MiB; what lies behind the file's end is zero.
-    pub(super) fn read(image: &'a Image) -> Result<Self> {
+    pub(in crate::qcow2) fn read(image: &'a Image) -> Result<Self> {
         let header = image.header();
         let mut table = vec![0; usize::try_from(header.refcount_table_bytes()).unwrap_or_default()];
         image.read_data(header.refcount_table_offset, &mut table)?;
@@ -58,7 +58,7 @@ impl<'a> Stored<'a> {
     }
 
     /// The stored count of a cluster; 0 where there is no (valid) block.
-    pub(super) fn get(&mut self, cluster: u64) -> Result<u64> {
+    pub(in crate::qcow2) fn get(&mut self, cluster: u64) -> Result<u64> {
         let width = self.width;
         let slot = usize::try_from(cluster % self.entries_per_page()).unwrap_or(usize::MAX);
         Ok(self.page(cluster)?.and_then(|page| width.get(page, slot)).unwrap_or_default())

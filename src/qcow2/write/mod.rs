@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::backend::{BackendError, Means, Move, Moved, StoreFile};
 use crate::failure::Code;
-use crate::progress::{Cancel, Progress};
+use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::{Emit, Fill, Layout, Part, TableKind};
@@ -44,6 +44,8 @@ pub struct Sources<'a> {
     pub progress: &'a dyn Progress,
     /// Looked at between batches.
     pub cancel: &'a Cancel,
+    /// The limit on bytes a second.
+    pub pace: &'a Pace,
 }
 
 /// What was written.
@@ -119,18 +121,20 @@ fn move_all(
 ) -> Result<()> {
     let files: Vec<Arc<dyn StoreFile>> = sources.layers.iter().map(|layer| layer.file().clone()).collect();
     let mut done = Moved::default();
-    let mut moves = layout.moves().flat_map(in_batches).peekable();
+    let most = sources.pace.at_once(BATCH_BYTES);
+    let mut moves = layout.moves().flat_map(|run| in_batches(run, most)).peekable();
     while moves.peek().is_some() {
         check(sources.cancel, target)?;
         let (mut clones, mut copies) = (Vec::new(), Vec::new());
         let mut bytes = 0;
-        while bytes < BATCH_BYTES
+        while bytes < most
             && clones.len() + copies.len() < BATCH_MOVES
             && let Some(next) = moves.next()
         {
             bytes += next.length;
             if clonable(&next, sources.clone_alignment) { clones.push(next) } else { copies.push(next) }
         }
+        sources.pace.spend(copies.iter().map(|copy: &Move| copy.length).sum(), sources.cancel);
         for (runs, means) in [(&clones, Means::Clone), (&copies, Means::Copy)] {
             if !runs.is_empty() {
                 done +=
@@ -145,10 +149,10 @@ fn move_all(
 }
 
 /// A run in parts of at most a batch: a run may be as long as a disk.
-fn in_batches(run: Move) -> impl Iterator<Item = Move> {
-    (0..run.length.div_ceil(BATCH_BYTES)).map(move |index| {
-        let done = index * BATCH_BYTES;
-        let length = (run.length - done).min(BATCH_BYTES);
+fn in_batches(run: Move, most: u64) -> impl Iterator<Item = Move> {
+    (0..run.length.div_ceil(most)).map(move |index| {
+        let done = index * most;
+        let length = (run.length - done).min(most);
         Move { from: run.from + done, to: run.to + done, length, ..run }
     })
 }
@@ -176,6 +180,7 @@ fn flush(
         return Ok(());
     }
     check(sources.cancel, target)?;
+    sources.pace.spend(*bytes, sources.cancel);
     let each = (*bytes / pending.len() as u64).max(1);
     let chunk = usize::try_from(CHUNK_BYTES / each).unwrap_or_default().max(1);
     pending.par_chunks(chunk).try_for_each(|emits| write_chunk(emits, target, sources))?;

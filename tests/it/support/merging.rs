@@ -8,7 +8,7 @@ use qchain::backend::memory::MemoryStore;
 use qchain::backend::{Backend, StoreFile};
 use qchain::chain::proof::{Proof, ProofError, prove};
 use qchain::ids::StorePath;
-use qchain::progress::{Cancel, Silent};
+use qchain::progress::{Cancel, Pace, Silent};
 use qchain::qcow2::layout::{Backing, ImageOptions, Layout};
 use qchain::qcow2::write::{Sources, Written, write};
 use qchain::qcow2::{CompressionType, Image, ImageError};
@@ -110,6 +110,7 @@ impl Chain {
             below: &|at, buffer| lower.read(at, buffer),
             progress: &Silent,
             cancel: &self.cancel,
+            pace: &Pace::default(),
         };
         let written = write(&layout, &*file, &sources, upper.map())?;
         file.sync().unwrap();

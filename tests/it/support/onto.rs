@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use qchain::backend::{Backend, StoreFile};
 use qchain::chain::proof::{Proof, ProofError};
-use qchain::progress::{Cancel, Silent};
+use qchain::progress::{Cancel, Pace, Silent};
 use qchain::qcow2::layout::{Backing, ImageOptions, Kept, Layout, in_place_possible};
 use qchain::qcow2::write::{Sources, Step, Written, write_onto};
 use qchain::qcow2::{Image, ImageError};
@@ -76,6 +76,7 @@ impl Onto {
             below: &|at, buffer| self.lower.read(at, buffer),
             progress: &Silent,
             cancel: &Cancel::default(),
+            pace: &Pace::default(),
         };
         write_onto(layout, &*self.target, &sources, || self.upper.map(), reached)
     }

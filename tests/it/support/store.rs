@@ -4,12 +4,15 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use qchain::backend::posix::PosixStore;
 use qchain::backend::{Backend, Means};
-use qchain::change::Guard;
+use qchain::change::leaving::leaving;
+use qchain::change::{Site, SystemClock};
 use qchain::ids::StoreId;
-use qchain::ops::delete::{Context, ModeChoice, Report, Request, plan, run};
+use qchain::ops::delete::{Context, ModeChoice, Report, Request, Terms, plan, run};
+use qchain::ops::recover::begin;
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
 use qchain::store::chain::OpenChain;
@@ -19,6 +22,9 @@ use qchain::store::scan::{Scan, ScanOptions};
 use qchain::store::{Store, StoreConfig, Stores, names};
 
 use super::qemu::{must, text};
+
+/// How long an instance of the tests waits for another that does not move.
+pub const LEASE: Duration = Duration::from_millis(400);
 
 /// Opts a directory in, as `qchain init` does.
 pub fn init(root: &Path, kind: StoreKind) {
@@ -55,22 +61,39 @@ pub fn scan(stores: &Stores) -> Scan {
     Scan::run(stores, &options).unwrap()
 }
 
-/// `qchain delete NAMES --mode MODE --assume-deleted --end-of-chain`.
+/// `qchain delete NAMES --mode MODE --grace 0s --retention 0s --assume-deleted --end-of-chain`.
 pub fn delete(stores: &Stores, members: &[&str], mode: ModeChoice) -> Result<Report> {
+    delete_on(stores, members, mode, Terms::default())
+}
+
+/// The same on other terms.
+pub fn delete_on(stores: &Stores, members: &[&str], mode: ModeChoice, terms: Terms) -> Result<Report> {
+    let cancel = Cancel::default();
+    let site = Site::new(stores, &SystemClock, &cancel, LEASE);
+    delete_at(&site, members, mode, terms)
+}
+
+/// The same by a given instance.
+pub fn delete_at(site: &Site<'_>, members: &[&str], mode: ModeChoice, terms: Terms) -> Result<Report> {
+    let stores = site.stores;
+    let guard = begin(site, terms.witness)?;
     let scan = scan(stores);
     let members: Vec<String> = members.iter().map(|name| (*name).to_owned()).collect();
     let targets = names::resolve_all(stores, &scan, &members).map_err(OpError::from)?;
-    let request = Request { targets, mode, assume_deleted: true, end_of_chain: true, ..Request::default() };
+    let leaving = leaving(site, &scan)?;
+    let request =
+        Request { targets, mode, assume_deleted: true, end_of_chain: true, leaving, ..Request::default() };
     let plan = plan(stores, &scan, &request)?;
-    let guard = Guard::take(stores).map_err(OpError::from)?;
     let context = Context {
+        site,
         stores,
         scan: &scan,
         plan: &plan,
         jobs: 2,
         force: false,
+        terms,
         progress: &Silent,
-        cancel: &Cancel::default(),
+        cancel: site.cancel,
     };
     run(&context, &guard)
 }
@@ -122,6 +145,15 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
     }
     found.sort();
     found
+}
+
+/// What of a store is no lasting record of qchain's: members, and whatever a change left lying about.
+pub fn left(root: &Path) -> Vec<String> {
+    let lasting = ["store.json", "locks/", "generations/", "manifests/"];
+    let record = |path: &String| {
+        path.strip_prefix(".qchain/").is_some_and(|own| lasting.iter().any(|name| own.starts_with(name)))
+    };
+    files(root).iter().map(|path| path.display().to_string()).filter(|path| !record(path)).collect()
 }
 
 /// The view digests of members, `(name, digest)`.

@@ -1,0 +1,134 @@
+//! An operation that was decided: what it still has to do is worked out from what lies on the stores, so any
+//! step can be done again, by anyone, after any crash.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::change::checkpoint;
+use crate::change::error::Result;
+use crate::change::journal::{Found, Journal};
+use crate::change::lease::Lease;
+use crate::change::places::IntentName;
+use crate::change::publication::{self, Published};
+use crate::change::record::{Claim, Commit, Decision, OperationId, Purpose};
+use crate::change::site::Site;
+
+/// A decided operation, with its tree's lease while it is worked on.
+pub struct Decided<'s> {
+    pub(super) site: &'s Site<'s>,
+    /// The store that has the records.
+    pub(super) home: usize,
+    pub(super) name: IntentName,
+    pub(super) since_ns: i64,
+    pub(super) commit: Commit,
+    lease: Option<Lease>,
+    /// Whether this process has made the published names durable.
+    synced: AtomicBool,
+}
+
+impl<'s> Decided<'s> {
+    /// From a claim; `None` if that is no commit.
+    pub(super) fn new(
+        site: &'s Site<'s>,
+        home: usize,
+        name: IntentName,
+        claim: Claim,
+        lease: Option<Lease>,
+    ) -> Option<Self> {
+        match claim.decision {
+            Decision::Commit(commit) => Some(Self {
+                site,
+                home,
+                name,
+                since_ns: claim.decided_ns,
+                commit,
+                lease,
+                synced: AtomicBool::new(false),
+            }),
+            Decision::Abort => None,
+        }
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &OperationId {
+        &self.name.operation
+    }
+
+    /// Its intent's name.
+    #[must_use]
+    pub fn name(&self) -> &IntentName {
+        &self.name
+    }
+
+    /// What was decided.
+    #[must_use]
+    pub fn commit(&self) -> &Commit {
+        &self.commit
+    }
+
+    /// When it was decided, nanoseconds since 1970.
+    #[must_use]
+    pub fn decided_ns(&self) -> i64 {
+        self.since_ns
+    }
+
+    pub(super) fn journal(&self) -> Result<Journal> {
+        Ok(Journal::new(self.site.stores.get(self.home)?.backend()))
+    }
+
+    /// Whether this process still has the tree's lease. Nothing depends on it but work done in vain.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.lease.as_ref().is_some_and(Lease::is_held)
+    }
+
+    /// Lets names come back and publishes new files; checkpoint files follow. Gives what became of each
+    /// publication. Idempotent. What it did is durable when it returns.
+    ///
+    /// # After a crash
+    ///
+    /// Each name stands for its whole old file or its whole new one; calling again does the rest.
+    pub fn publish(&self) -> Result<Vec<Published>> {
+        let published = publication::publish(self.site, self)?;
+        checkpoint::follow_all(self.site, self, &published)?;
+        Ok(published)
+    }
+
+    /// Makes the published names durable, once, before anything that they replace goes.
+    pub(super) fn settle(&self) -> Result<()> {
+        if !self.synced.load(Ordering::Relaxed) {
+            publication::sync(self.site, self)?;
+            self.synced.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether a later operation of the tree took this one back.
+    pub fn is_undone(&self) -> Result<bool> {
+        let journal = self.journal()?;
+        let later = journal.generations(&self.name.tree)?;
+        for number in later.into_iter().filter(|number| *number > self.name.generation) {
+            if let Found::Record(Claim { decision: Decision::Commit(commit), .. }) =
+                journal.claim(&self.name.tree, number)?
+                && matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == self.name.generation)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Until when deleted members keep their names, nanoseconds since 1970.
+    #[must_use]
+    pub fn grace_until(&self) -> i64 {
+        self.since_ns.saturating_add(self.commit.grace_ns)
+    }
+
+    /// Until when it can be undone, nanoseconds since 1970; `None` if never.
+    #[must_use]
+    pub fn undo_until(&self) -> Option<i64> {
+        let possible = self.commit.purpose == Purpose::Delete
+            && self.commit.publications.iter().all(|publication| publication.in_place.is_none());
+        possible.then(|| self.grace_until().saturating_add(self.commit.retention_ns))
+    }
+}

@@ -1,0 +1,259 @@
+//! Deleted members lose their names: after the grace, and only if nobody reads through them.
+
+use std::collections::BTreeSet;
+
+use crate::backend::publish::{link, take_name};
+use crate::backend::{BackendError, Stat};
+use crate::chain::graph::{Key, NodeId, Parent};
+use crate::change::decided::Decided;
+use crate::change::error::Result;
+use crate::change::keep::{release, sync_all};
+use crate::change::publication::{Published, stat};
+use crate::change::record::{Departure, KeptFile};
+use crate::change::site::{At, Site};
+use crate::failure::Code;
+use crate::ids::StorePath;
+use crate::progress::Silent;
+use crate::store::scan::{Scan, ScanOptions};
+
+/// What became of a deleted member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Departed {
+    /// Its name is gone.
+    Gone,
+    /// It has its name until then, nanoseconds since 1970.
+    Waits(i64),
+    /// It stays, as somebody reads through it or its name is another file's.
+    Kept {
+        /// Why, as a code.
+        code: Code,
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// A departure that is to be done now.
+struct Due<'a, 's> {
+    decided: &'a Decided<'s>,
+    departure: &'a Departure,
+    at: At<'s>,
+    place: (usize, usize),
+}
+
+/// Lets the deleted members of several operations go that are due. `published` says what became of each one's
+/// publications. Looks for readers on all stores, right before and once more right after: a member that got a
+/// reader meanwhile comes back. Idempotent. Durable when it returns.
+///
+/// # After a crash
+///
+/// A name is there, or gone with its file kept in trash; calling again does the rest.
+pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> Result<Vec<Vec<Departed>>> {
+    let now = site.clock.wall_ns();
+    let mut outcomes: Vec<Vec<Departed>> = Vec::new();
+    let mut due = Vec::new();
+    for (first, (decided, published)) in operations.iter().enumerate() {
+        let departures = &decided.commit.departures;
+        let mut own = vec![Departed::Gone; departures.len()];
+        let undone = !departures.is_empty() && decided.is_undone()?;
+        for (second, departure) in departures.iter().enumerate().filter(|_| !undone) {
+            let at = site.at(&departure.at)?;
+            let waiting = match stat(&at, &departure.at.path)? {
+                None => None,
+                Some(found) if !departure.is(&found) => Some(kept(
+                    Code::ChangedMeanwhile,
+                    &at,
+                    "another file has its name now; it was left alone",
+                )),
+                Some(_)
+                    if departure
+                        .after
+                        .iter()
+                        .any(|index| published.get(*index) != Some(&Published::Done)) =>
+                {
+                    Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
+                }
+                Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
+                Some(_) => {
+                    due.push(Due { decided, departure, at, place: (first, second) });
+                    continue;
+                }
+            };
+            if let (Some(outcome), Some(place)) = (waiting, own.get_mut(second)) {
+                *place = outcome;
+            }
+        }
+        outcomes.push(own);
+    }
+    if !due.is_empty() {
+        // What replaces them is durable before they go.
+        due.iter().try_for_each(|one| one.decided.settle())?;
+        let mut gone: BTreeSet<Key> = BTreeSet::new();
+        let scan = look(site)?;
+        let mut went = Vec::new();
+        for one in &due {
+            let outcome = match reader(site, &scan, &one.at.key, &gone) {
+                Some(child) => kept(Code::Kept, &one.at, &format!("{child} reads through it now")),
+                None => let_go(one)?,
+            };
+            if outcome == Departed::Gone {
+                gone.insert(one.at.key.clone());
+                went.push(one);
+            }
+            set(&mut outcomes, one.place, outcome);
+        }
+        for (place, outcome) in come_back(site, &went, &gone)? {
+            set(&mut outcomes, place, outcome);
+        }
+    }
+    sync(site, operations, &due)?;
+    Ok(outcomes)
+}
+
+fn set(outcomes: &mut [Vec<Departed>], place: (usize, usize), outcome: Departed) {
+    if let Some(place) = outcomes.get_mut(place.0).and_then(|own| own.get_mut(place.1)) {
+        *place = outcome;
+    }
+}
+
+fn kept(code: Code, at: &At<'_>, reason: &str) -> Departed {
+    Departed::Kept { code, reason: format!("{}: {reason}", at.name) }
+}
+
+/// A look at all stores.
+fn look(site: &Site<'_>) -> Result<Scan> {
+    let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
+    Ok(Scan::run(site.stores, &options)?)
+}
+
+/// A member that reads, or may read, through another, and is not gone itself.
+fn reader(site: &Site<'_>, scan: &Scan, member: &Key, gone: &BTreeSet<Key>) -> Option<String> {
+    let id = scan.graph.find(member)?;
+    let key = |id: NodeId| &scan.graph.node(id).key;
+    let children = scan.graph.children(id).iter().copied().chain(scan.graph.possible_children(id));
+    let found = children.map(key).find(|child| !gone.contains(*child));
+    found.map(|child| site.stores.display(child))
+}
+
+/// Takes one name away: into trash, then a look at what went there.
+fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
+    let Due { departure, at, decided, .. } = one;
+    if departure.becomes.is_some() {
+        release(at, &departure.at.path)?;
+    } else if !put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))? {
+        return Ok(kept(Code::ChangedMeanwhile, at, "another file has its name now; it was left alone"));
+    }
+    // An instance that was stopped for long may come too late: what was undone stays undone.
+    if decided.is_undone()? {
+        put_back(at, &departure.at.path, &departure.kept)?;
+        return Ok(Departed::Gone);
+    }
+    if let Some(KeptFile { path, mark, kept }) = &departure.checkpoint {
+        // Edited since by its owner, it stays: it is not ours to judge.
+        put_aside(at, path, kept, |found| mark.inode == found.id.inode)?;
+    }
+    Ok(Departed::Gone)
+}
+
+/// Moves a file into trash; false if it was another one, which is where it was then.
+fn put_aside(at: &At<'_>, name: &StorePath, kept: &StorePath, is: impl Fn(&Stat) -> bool) -> Result<bool> {
+    match (stat(at, name)?, stat(at, kept)?) {
+        (None, _) => return Ok(true),
+        (Some(named), _) if !is(&named) => return Ok(false),
+        // A rename would do nothing.
+        (Some(named), Some(kept)) if named.id == kept.id => {
+            release(at, name)?;
+            return Ok(true);
+        }
+        _ => {}
+    }
+    match take_name(at.backend, name, kept) {
+        Ok(()) | Err(BackendError::NotFound { .. }) => {}
+        Err(source) => return Err(at.failed("put aside")(source)),
+    }
+    match stat(at, kept)? {
+        Some(found) if !is(&found) => {
+            put_back(at, name, kept)?;
+            Ok(false)
+        }
+        _ => Ok(true),
+    }
+}
+
+/// Gives a kept file its name back, if that is free.
+fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
+    match link(at.backend, kept, name) {
+        Ok(()) => release(at, kept),
+        // Somebody has the name, or it is back already.
+        Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
+        Err(error) if error.is_unsupported() => match stat(at, name)? {
+            None => take_name(at.backend, kept, name).map_err(at.failed("put back")),
+            Some(_) => Ok(()),
+        },
+        Err(source) => Err(at.failed("put back")(source)),
+    }
+}
+
+/// Looks again: a member that got a reader while its name went gets the name back, with all below it.
+fn come_back(
+    site: &Site<'_>,
+    went: &[&Due<'_, '_>],
+    gone: &BTreeSet<Key>,
+) -> Result<Vec<((usize, usize), Departed)>> {
+    let mut back: BTreeSet<Key> = BTreeSet::new();
+    let mut outcomes = Vec::new();
+    if went.is_empty() {
+        return Ok(outcomes);
+    }
+    let scan = look(site)?;
+    // Children went first, so from the last on: whoever comes back needs what is below.
+    for one in went {
+        let name = one.at.key.path.file_name();
+        let misses = |id: &NodeId| match &scan.graph.node(*id).parent {
+            Parent::Missing(text) => text.rsplit('/').next() == Some(name),
+            _ => false,
+        };
+        let orphan = scan.graph.ids().find(|id| misses(id) && !gone.contains(&scan.graph.node(*id).key));
+        let needed = back.iter().next().is_some_and(|_| below_any(one, went, &back));
+        if orphan.is_none() && !needed {
+            continue;
+        }
+        let departure = one.departure;
+        if departure.becomes.is_none() {
+            put_back(&one.at, &departure.at.path, &departure.kept)?;
+        }
+        if let Some(KeptFile { path, kept, .. }) = &departure.checkpoint {
+            put_back(&one.at, path, kept)?;
+        }
+        back.insert(one.at.key.clone());
+        let child = orphan.map(|id| site.stores.display(&scan.graph.node(id).key));
+        let child = child.unwrap_or_else(|| "a member that came back".to_owned());
+        outcomes.push((one.place, kept(Code::Kept, &one.at, &format!("{child} reads through it now"))));
+    }
+    Ok(outcomes)
+}
+
+/// Whether a member that went lies, by the order of its operation, below one that came back.
+fn below_any(one: &Due<'_, '_>, went: &[&Due<'_, '_>], back: &BTreeSet<Key>) -> bool {
+    let same = |other: &&&Due<'_, '_>| other.place.0 == one.place.0 && other.place.1 < one.place.1;
+    went.iter().filter(same).any(|other| back.contains(&other.at.key))
+}
+
+/// Makes it durable: the members' directories, their checkpoint files', and trash if it is to last.
+fn sync(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])], due: &[Due<'_, '_>]) -> Result<()> {
+    let mut ats = Vec::new();
+    for one in due {
+        let own = [
+            Some(one.departure.at.path.parent()),
+            one.departure.checkpoint.as_ref().map(|file| file.path.parent()),
+        ];
+        let lasts = one.decided.commit.retention_ns > 0;
+        let trash = lasts.then(|| one.departure.kept.parent());
+        ats.extend(own.into_iter().chain([trash]).flatten().map(|directory| (&one.at, directory)));
+    }
+    let mut edits = Vec::new();
+    for edit in operations.iter().flat_map(|(decided, _)| &decided.commit.checkpoints) {
+        edits.push(site.at(&edit.at)?);
+    }
+    let edits = edits.iter().map(|at| (at, at.key.path.parent()));
+    sync_all(ats.into_iter().chain(edits))
+}

@@ -1,0 +1,238 @@
+//! Merging in place: the lowest deleted member's file grows behind its end until it is the survivor's new file.
+//!
+//! The plan is a pure function of the tables of the members concerned, which nothing changes before the one
+//! write that switches the file over. So it is decided before the first byte, and any process can do the work
+//! again from the beginning; until the switch the file is what it was, and so is every view. A failure that
+//! is not the store's own takes the publication back: the deleted member keeps its old image, and what was
+//! added behind its end is cut off again.
+
+use std::sync::Arc;
+
+use crate::backend::publish::{link, take_identity};
+use crate::backend::{BackendError, StoreFile};
+use crate::chain::delete::Merge;
+use crate::chain::graph::Key;
+use crate::chain::graph::NodeId;
+use crate::change::decided::Decided;
+use crate::change::error::{ChangeError, Result};
+use crate::change::publication::{Published, stat};
+use crate::change::record::{InPlace, Publication};
+use crate::change::site::{At, Site};
+use crate::failure::{Code, Failure, Kind, with_causes};
+use crate::ids::StorePath;
+use crate::progress::Silent;
+use crate::qcow2::Image;
+use crate::qcow2::layout::Switched;
+use crate::qcow2::unused::unused_below;
+use crate::qcow2::write::{Sources, switch, switch_state, write_onto};
+use crate::store::merge::MergeInput;
+use crate::store::prove::prove;
+use crate::store::record::own;
+use crate::store::scan::{Scan, ScanOptions};
+use crate::store::{StoreError, Stores};
+
+/// Does what is left of one merge in place, up to the second name by which it is published.
+pub fn complete(
+    site: &Site<'_>,
+    decided: &Decided<'_>,
+    publication: &Publication,
+) -> Result<std::result::Result<(), Published>> {
+    let Some(plan) = &publication.in_place else { return Ok(Ok(())) };
+    let Some(lowest) = plan.members.first() else { return Ok(Ok(())) };
+    let at = site.at(lowest)?;
+    let taken_back = |reason: &str| {
+        let reason = format!("{} {reason}", at.name);
+        Ok(Err(Published::TakenBack { code: Code::ChangedMeanwhile, reason }))
+    };
+    match stat(&at, &lowest.path)? {
+        Some(found) if publication.new.inode == found.id.inode => {}
+        _ => return taken_back("was replaced or removed by somebody else"),
+    }
+    if stat(&at, &publication.from)?.is_some() {
+        return Ok(Ok(()));
+    }
+    let file = at.backend.open_writable(&lowest.path).map_err(at.failed("open"))?;
+    let locks = file.image_locks().map_err(at.failed("look at the locks of"))?;
+    if locks.writer {
+        return taken_back("is open for writing");
+    }
+    // QEMU must not begin to write into what is being changed; where there are no locks the operator or the
+    // planner has made sure.
+    let _held = match file.hold_image_locks() {
+        Ok(Some(held)) => Some(held),
+        Ok(None) => return taken_back("is open for writing"),
+        Err(error) if error.is_unsupported() => None,
+        Err(source) => return Err(at.failed("lock")(source)),
+    };
+    if let Err(error) = grow(site, decided, plan, &at, &file) {
+        // The store's own failures are tried again by recovery; all others end the attempt.
+        return match error.kind() {
+            Kind::Io | Kind::NoSpace | Kind::Busy | Kind::Cancelled => Err(error),
+            _ => {
+                cut_off(&at, plan, &file)?;
+                let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
+                Ok(Err(Published::TakenBack { code: error.code(), reason }))
+            }
+        };
+    }
+    let survivor = site.at(&publication.at)?;
+    let old = survivor.backend.open(&publication.at.path).map_err(survivor.failed("open"))?;
+    take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+    file.sync().map_err(at.failed("make durable"))?;
+    link(at.backend, &lowest.path, &publication.from).map_err(at.failed("give a second name to"))?;
+    Ok(Ok(()))
+}
+
+/// Writes behind the end, proves, switches.
+fn grow(
+    site: &Site<'_>,
+    decided: &Decided<'_>,
+    plan: &InPlace,
+    at: &At<'_>,
+    file: &Arc<dyn StoreFile>,
+) -> Result<()> {
+    let failed = |error: &dyn Failure, text: String| ChangeError::InPlace {
+        member: at.name.clone(),
+        code: error.code(),
+        detail: text,
+    };
+    let image_failed = |error: crate::qcow2::ImageError| failed(&error, with_causes(&error));
+    let (scan, merge) = find(site, plan)?;
+    let input = MergeInput::open(site.stores, &scan, &merge)?;
+    if input.upper.images().last().is_some_and(|image| is_switched(image, plan)) {
+        // Died between the switch and the second name.
+        return Ok(());
+    }
+    let layout = input.layout_onto(Some(plan.base)).map_err(image_failed)?;
+    let alignment = input.alignments(plan.clone_alignment);
+    let images: Vec<Image> = input.upper.images().cloned().collect();
+    let below = |from, buffer: &mut [u8]| input.lower.read(from, buffer);
+    let sources = Sources {
+        layers: &images,
+        clone_alignment: &alignment,
+        below: &below,
+        progress: &Silent,
+        cancel: site.cancel,
+        pace: &site.pace,
+    };
+    write_onto(&layout, file.as_ref(), &sources, || input.upper.map(), |_| Ok(())).map_err(image_failed)?;
+    file.drop_cache().map_err(at.failed("drop from the cache"))?;
+    let Some(becomes) = layout.switch() else { return Ok(()) };
+    if switch_state(becomes, file.as_ref()).map_err(image_failed)? == Switched::Done {
+        return Ok(());
+    }
+    let sealed = at.backend.open(&at.key.path).map_err(at.failed("open again"))?;
+    let image = Image::open_switched(sealed, &format!("the new image in {}", at.name), becomes)
+        .map_err(image_failed)?;
+    prove(&layout, &input, image, &at.name)?;
+    if decided.is_undone()? {
+        return Err(ChangeError::ChangedMeanwhile { member: at.name.clone() });
+    }
+    switch(becomes, file.as_ref()).map_err(image_failed)
+}
+
+/// Whether an image's tables lie behind the base already.
+fn is_switched(image: &Image, plan: &InPlace) -> bool {
+    image.header().l1_offset.0 >= plan.base
+}
+
+/// The members of the plan, as they hang together now.
+fn find(site: &Site<'_>, plan: &InPlace) -> Result<(Scan, Merge)> {
+    let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
+    let scan = Scan::run(site.stores, &options)?;
+    let mut ids: Vec<NodeId> = Vec::new();
+    for place in &plan.members {
+        let found = scan.graph.find(&site.key(place)?);
+        ids.push(found.ok_or_else(|| ChangeError::ChangedMeanwhile { member: place.path.to_string() })?);
+    }
+    let new_parent = match &plan.new_parent {
+        Some(place) => {
+            let found = scan.graph.find(&site.key(place)?);
+            Some(found.ok_or_else(|| ChangeError::ChangedMeanwhile { member: place.path.to_string() })?)
+        }
+        None => None,
+    };
+    let linked = ids.windows(2).all(|pair| match pair {
+        [below, above] => scan.graph.parent(*above) == Some(*below),
+        _ => false,
+    });
+    let Some((survivor, merged)) = ids.split_last() else {
+        return Err(ChangeError::ChangedMeanwhile { member: "a merge of nothing".to_owned() });
+    };
+    if !linked || merged.first().is_none_or(|lowest| scan.graph.parent(*lowest) != new_parent) {
+        let member = site.stores.display(&scan.graph.node(*survivor).key);
+        return Err(ChangeError::ChangedMeanwhile { member });
+    }
+    let merge = Merge { survivor: *survivor, merged: merged.to_vec(), new_parent };
+    Ok((scan, merge))
+}
+
+/// Takes off again what was added to a file that was not switched.
+fn cut_off(at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFile>) -> Result<()> {
+    let image = Image::open(file.clone(), &at.name)
+        .map_err(|error| StoreError::Image { member: at.name.clone(), source: error })?;
+    if !is_switched(&image, plan) && image.file_length() > plan.length {
+        file.set_length(plan.length).map_err(at.failed("shorten"))?;
+        file.sync().map_err(at.failed("make durable"))?;
+    }
+    Ok(())
+}
+
+/// Gives back the space of what merges in place have left unused: the old tables, and data that the deleted
+/// members' successors replaced. False if somebody has the file open, who may read what is unused since.
+pub fn give_back(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
+    for publication in &decided.commit().publications {
+        let Some(plan) = &publication.in_place else { continue };
+        let at = site.at(&publication.at)?;
+        match stat(&at, &publication.at.path)? {
+            Some(found) if publication.is_new(&found) => {}
+            // Another file by now.
+            _ => continue,
+        }
+        let file = at.backend.open_writable(&publication.at.path).map_err(at.failed("open"))?;
+        if file.image_locks().map_err(at.failed("look at the locks of"))?.any {
+            return Ok(false);
+        }
+        let image = Image::open(file.clone(), &at.name)
+            .map_err(|source| StoreError::Image { member: at.name.clone(), source })?;
+        let unused = unused_below(&image, plan.base)
+            .map_err(|source| StoreError::Image { member: at.name.clone(), source })?;
+        for (from, length) in unused {
+            if !file.punch(from.0, length).map_err(at.failed("give back space of"))? {
+                break;
+            }
+        }
+        file.sync().map_err(at.failed("make durable"))?;
+    }
+    Ok(true)
+}
+
+/// Whether a merge into a file was finished by another than who began it: that one may only be stopped, and
+/// write into the file when it goes on.
+pub fn was_taken_over(stores: &Stores, member: &Key, inode: u64) -> crate::store::Result<bool> {
+    let store = stores.get(member.store)?;
+    match store.backend().stat(&marker(inode)) {
+        Ok(_) => Ok(true),
+        Err(BackendError::NotFound { .. }) => Ok(false),
+        Err(source) => Err(StoreError::backend(store, source)),
+    }
+}
+
+/// Remembers that merges in place of an operation go on in another process than they began in.
+pub fn take_over(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
+    for publication in decided.commit().publications.iter().filter(|one| one.in_place.is_some()) {
+        let at = site.at(&publication.at)?;
+        if stat(&at, &publication.from)?.is_some() {
+            continue;
+        }
+        match at.backend.create(&marker(publication.new.inode)) {
+            Ok(_) | Err(BackendError::AlreadyExists { .. }) => {}
+            Err(source) => return Err(at.failed("remember the merge into")(source)),
+        }
+    }
+    Ok(())
+}
+
+fn marker(inode: u64) -> StorePath {
+    own(&["locks", &format!("taken-over-{inode}")])
+}

@@ -1,0 +1,186 @@
+//! Reading and writing the records of changes on one store.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use crate::backend::publish::{claim, offer, replace};
+use crate::backend::{Backend, BackendError};
+use crate::change::error::{ChangeError, Result};
+use crate::change::places::{self, IntentName};
+use crate::change::record::{Claim, Freeze, Intent, MAX_BYTES, OperationId, TreeId, encode};
+use crate::ids::StorePath;
+use crate::store::facts::read_whole;
+use crate::store::record::own;
+
+/// A record as it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found<T> {
+    /// Nothing has its name.
+    Nothing,
+    /// Something has its name that is no record: a power cut lost its bytes, or a store without hard links
+    /// has them half-written.
+    Torn(String),
+    /// It.
+    Record(T),
+}
+
+/// The records on one store.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    backend: Arc<dyn Backend>,
+}
+
+impl Journal {
+    /// Those of a store.
+    #[must_use]
+    pub fn new(backend: &Arc<dyn Backend>) -> Self {
+        Self { backend: backend.clone() }
+    }
+
+    fn read<T: DeserializeOwned>(&self, path: &StorePath) -> Result<Found<T>> {
+        match read_whole(&self.backend, path, MAX_BYTES) {
+            Ok(bytes) => Ok(match serde_json::from_slice(&bytes) {
+                Ok(record) => Found::Record(record),
+                Err(error) => Found::Torn(error.to_string()),
+            }),
+            Err(BackendError::NotFound { .. }) => Ok(Found::Nothing),
+            Err(source) => Err(failed("read", path)(source)),
+        }
+    }
+
+    /// The names in a directory of qchain's own; none if it is not there.
+    pub fn names(&self, directory: &StorePath) -> Result<Vec<String>> {
+        match self.backend.read_dir(directory) {
+            Ok(entries) => {
+                let mut names: Vec<String> =
+                    entries.into_iter().filter_map(|entry| entry.name.ok()).collect();
+                names.sort();
+                Ok(names)
+            }
+            Err(BackendError::NotFound { .. }) => Ok(Vec::new()),
+            Err(source) => Err(failed("list", directory)(source)),
+        }
+    }
+
+    /// All intents, by tree and number.
+    pub fn intents(&self) -> Result<Vec<IntentName>> {
+        let names = self.names(&own(&["intents"]))?;
+        Ok(names.iter().filter_map(|name| IntentName::parse(name)).collect())
+    }
+
+    /// What an intent says, if that is still to be read.
+    pub fn intent(&self, name: &IntentName) -> Result<Option<Intent>> {
+        Ok(match self.read(&name.path())? {
+            Found::Record(intent) => Some(intent),
+            Found::Nothing | Found::Torn(_) => None,
+        })
+    }
+
+    /// Makes an intent known, and its name durable. What it says may be lost by a power cut.
+    pub fn announce(&self, name: &IntentName, intent: &Intent) -> Result<()> {
+        let path = name.path();
+        let temporary = places::temporary(&name.operation, "intent");
+        self.ensure(&path.parent())?;
+        offer(self.backend.as_ref(), &temporary, &path, &encode(intent)).map_err(failed("write", &path))?;
+        self.backend.sync_dir(&path.parent()).map_err(failed("sync", &path))
+    }
+
+    /// Takes an intent away, which ends its operation.
+    pub fn conclude(&self, name: &IntentName) -> Result<()> {
+        let path = name.path();
+        match self.backend.remove_file(&path) {
+            Ok(()) | Err(BackendError::NotFound { .. }) => {
+                self.backend.sync_dir(&path.parent()).map_err(failed("sync", &path))
+            }
+            Err(source) => Err(failed("remove", &path)(source)),
+        }
+    }
+
+    /// The numbers that a tree has used, ascending.
+    pub fn generations(&self, tree: &TreeId) -> Result<Vec<u64>> {
+        let names = self.names(&places::generations(tree))?;
+        let mut numbers: Vec<u64> = names.iter().filter_map(|name| places::number(name)).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// All trees that have claims here.
+    pub fn trees(&self) -> Result<Vec<TreeId>> {
+        Ok(self.names(&own(&["generations"]))?.iter().filter_map(|name| TreeId::parse(name)).collect())
+    }
+
+    /// What a number was claimed for.
+    pub fn claim(&self, tree: &TreeId, number: u64) -> Result<Found<Claim>> {
+        self.read(&places::generation(tree, number))
+    }
+
+    /// Claims a number: the one exclusive create that decides. Durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Decided`] if the number is taken.
+    ///
+    /// # After a crash
+    ///
+    /// The number is free, or claimed as written.
+    pub fn decide(&self, record: &Claim) -> Result<()> {
+        let path = places::generation(&record.tree, record.generation);
+        let temporary = places::temporary(&record.operation, &format!("claim-{}", record.nonce));
+        if self.ensure(&path.parent())? {
+            let parent = path.parent().parent();
+            self.backend.sync_dir(&parent).map_err(failed("sync", &parent))?;
+        }
+        match claim(self.backend.as_ref(), &temporary, &path, &encode(record)) {
+            Err(BackendError::AlreadyExists { .. }) => {
+                Err(ChangeError::Decided { tree: record.tree.to_string(), generation: record.generation })
+            }
+            done => done.map_err(failed("claim", &path)),
+        }
+    }
+
+    /// Why a tree is frozen, if it is.
+    pub fn frozen(&self, tree: &TreeId) -> Result<Option<Freeze>> {
+        Ok(match self.read(&places::frozen(tree))? {
+            Found::Record(freeze) => Some(freeze),
+            Found::Nothing => None,
+            Found::Torn(detail) => Some(Freeze {
+                schema: super::record::SCHEMA,
+                operation: OperationId::random(),
+                time_ns: 0,
+                reason: format!("the record of the freeze is damaged: {detail}"),
+            }),
+        })
+    }
+
+    /// Freezes a tree.
+    pub fn freeze(&self, tree: &TreeId, freeze: &Freeze) -> Result<()> {
+        let path = places::frozen(tree);
+        self.ensure(&path.parent())?;
+        replace(self.backend.as_ref(), &own(&["tmp"]), &path, &encode(freeze), false)
+            .map_err(failed("write", &path))
+    }
+
+    /// Thaws a tree; gives whether it was frozen.
+    pub fn thaw(&self, tree: &TreeId) -> Result<bool> {
+        let path = places::frozen(tree);
+        match self.backend.remove_file(&path) {
+            Ok(()) => self.backend.sync_dir(&path.parent()).map(|()| true).map_err(failed("sync", &path)),
+            Err(BackendError::NotFound { .. }) => Ok(false),
+            Err(source) => Err(failed("remove", &path)(source)),
+        }
+    }
+
+    /// Makes a directory of qchain's own if it is missing; gives whether it was.
+    fn ensure(&self, directory: &StorePath) -> Result<bool> {
+        if self.backend.stat(directory).is_ok() {
+            return Ok(false);
+        }
+        places::make(self.backend.as_ref(), directory).map_err(failed("make", directory))
+    }
+}
+
+fn failed(action: &'static str, path: &StorePath) -> impl Fn(BackendError) -> ChangeError + use<> {
+    let member = path.to_string();
+    move |source| ChangeError::Store { action, member: member.clone(), source }
+}

@@ -1,0 +1,64 @@
+//! Keeping files under names of our own, and letting them go.
+
+use crate::backend::BackendError;
+use crate::backend::publish::link;
+use crate::change::error::Result;
+use crate::change::publication::stat;
+use crate::change::record::Mark;
+use crate::change::site::At;
+use crate::ids::StorePath;
+
+/// Whether a file has its second name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It has.
+    Here,
+    /// The store has no hard links.
+    Impossible,
+    /// Another file has the first name now; it was not kept.
+    Another,
+}
+
+/// Gives the file of a name one more name, under which it is kept. The link is compared after it was made: if
+/// it is another file than thought it is removed again, which leaves that file its own name.
+pub fn keep(at: &At<'_>, name: &StorePath, kept: &StorePath, mark: &Mark) -> Result<Kept> {
+    match link(at.backend, name, kept) {
+        Ok(()) | Err(BackendError::AlreadyExists { .. }) => {}
+        Err(BackendError::NotFound { .. }) => return Ok(Kept::Another),
+        Err(error) if error.is_unsupported() => return Ok(Kept::Impossible),
+        Err(source) => return Err(at.failed("keep the old file of")(source)),
+    }
+    match stat(at, kept)? {
+        Some(found) if mark.is(&found) => Ok(Kept::Here),
+        Some(found) => {
+            if stat(at, name)?.is_some_and(|named| named.id == found.id) {
+                release(at, kept)?;
+            }
+            Ok(Kept::Another)
+        }
+        None => Ok(Kept::Another),
+    }
+}
+
+/// Removes a name that may be gone already.
+pub fn release(at: &At<'_>, path: &StorePath) -> Result<()> {
+    match at.backend.remove_file(path) {
+        Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
+        Err(source) => Err(at.failed("remove a second name of")(source)),
+    }
+}
+
+/// Makes the names in directories durable, each directory once.
+pub fn sync_all<'a>(directories: impl Iterator<Item = (&'a At<'a>, StorePath)>) -> Result<()> {
+    let mut done = std::collections::BTreeSet::new();
+    for (at, directory) in directories {
+        if done.insert((at.key.store, directory.clone())) {
+            match at.backend.sync_dir(&directory) {
+                // A volume's directory that somebody removed has nothing to keep.
+                Ok(()) | Err(BackendError::NotFound { .. }) => {}
+                Err(source) => return Err(at.failed("sync the directory of")(source)),
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,351 @@
+//! An operation before its decision: announced, its files in the making, nothing of it in force.
+
+use std::sync::{Arc, PoisonError};
+
+use crate::backend::publish::take_identity;
+use crate::backend::{BackendError, StoreFile};
+use crate::chain::graph::Key;
+use crate::change::decided::Decided;
+use crate::change::error::{ChangeError, Result};
+use crate::change::journal::Journal;
+use crate::change::lease::Lease;
+use crate::change::places::{IntentName, Yard};
+use crate::change::record::{
+    Claim, Commit, Decision, Departure, Intent, KeptFile, Mark, OperationId, Place, Publication, SCHEMA,
+    TreeId,
+};
+use crate::change::site::{At, Site};
+use crate::change::{sweep, tree};
+use crate::cloudstack::paths::checkpoint_of;
+use crate::ids::StorePath;
+use crate::store::facts::Stamp;
+
+/// An operation that has announced itself and holds its tree's lease. Dropped without a decision it takes
+/// itself back: its number is claimed for nothing, its temporaries and its intent go.
+pub struct Operation<'s> {
+    site: &'s Site<'s>,
+    /// The store that has the records.
+    home: usize,
+    name: IntentName,
+    lease: Option<Lease>,
+    /// Whether dropping takes it back.
+    open: bool,
+}
+
+impl<'s> Operation<'s> {
+    /// Takes the lease of the tree with that root, and announces the operation.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Busy`] if somebody else works on the tree, [`ChangeError::Frozen`] if nobody may.
+    ///
+    /// # After a crash
+    ///
+    /// An intent may be left, which recovery takes back.
+    pub fn begin(site: &'s Site<'s>, root: &Key, members: Vec<Place>) -> Result<Self> {
+        let tree = tree::identify(site.stores.get(root.store)?.backend(), &root.path)?;
+        Self::begin_in(site, root.store, tree, members)
+    }
+
+    /// As [`Operation::begin`], for a tree whose records lie on the store `home`.
+    pub fn begin_in(site: &'s Site<'s>, home: usize, tree: TreeId, members: Vec<Place>) -> Result<Self> {
+        let journal = Journal::new(site.stores.get(home)?.backend());
+        if let Some(freeze) = journal.frozen(&tree)? {
+            return Err(ChangeError::Frozen { tree: tree.to_string(), reason: freeze.reason });
+        }
+        let lease = Lease::take(site, home, &tree)?;
+        Self::announce(site, home, tree, members, Some(lease))
+    }
+
+    /// As [`Operation::begin_in`]; the lease is the caller's business.
+    pub(super) fn announce(
+        site: &'s Site<'s>,
+        home: usize,
+        tree: TreeId,
+        members: Vec<Place>,
+        lease: Option<Lease>,
+    ) -> Result<Self> {
+        let journal = Journal::new(site.stores.get(home)?.backend());
+        let _alone = site.announcing.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = journal.intents()?.into_iter().filter(|intent| intent.tree == tree);
+        let used = journal.generations(&tree)?.last().copied().unwrap_or(0);
+        let generation = open.map(|intent| intent.generation).max().unwrap_or(0).max(used) + 1;
+        let name = IntentName { tree: tree.clone(), generation, operation: OperationId::random() };
+        let intent = Intent {
+            schema: SCHEMA,
+            tree,
+            generation,
+            operation: name.operation.clone(),
+            owner: format!("{} on {}", site.owner.process, site.owner.host),
+            begun_ns: site.clock.wall_ns(),
+            members,
+        };
+        let operation = Self { site, home, name, lease, open: true };
+        // From here on dropping takes it back.
+        journal.announce(&operation.name, &intent)?;
+        Ok(operation)
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &OperationId {
+        &self.name.operation
+    }
+
+    /// The tree.
+    #[must_use]
+    pub fn tree(&self) -> &TreeId {
+        &self.name.tree
+    }
+
+    /// The site.
+    #[must_use]
+    pub fn site(&self) -> &'s Site<'s> {
+        self.site
+    }
+
+    /// Makes an empty file that is to take the name of `old`, the open file at `target`, and gives it that
+    /// file's identity: if the store does not allow that, this is where it shows (`squashed`), before any
+    /// byte. `what` tells it from the operation's other files.
+    pub fn stage(&self, target: &Key, what: &str, old: &dyn StoreFile) -> Result<Staged> {
+        let at = self.site.at(&self.site.place(target)?)?;
+        let stamp = Stamp::from(&old.stat().map_err(at.failed("look at"))?);
+        let mark = Mark::from(&old.stat().map_err(at.failed("look at"))?);
+        let yard = Yard::of(at.backend, &target.path).map_err(at.failed("make room beside"))?;
+        let temporary = yard.temporary(self.id(), what);
+        let file = at.backend.create(&temporary).map_err(at.failed("make a temporary for"))?;
+        let staged = Staged {
+            place: self.site.place(target)?,
+            key: target.clone(),
+            kept: yard.kept(self.id(), what),
+            temporary,
+            file,
+            old: mark,
+            stamp,
+        };
+        take_identity(old, staged.file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+        Ok(staged)
+    }
+
+    /// A deleted member as the record has it: which file, where it is kept.
+    pub fn departure(&self, member: &Key, what: &str, after: Vec<usize>) -> Result<Departure> {
+        let at = self.site.at(&self.site.place(member)?)?;
+        let stat = at.backend.stat(&member.path).map_err(at.failed("look at"))?;
+        let yard = Yard::of(at.backend, &member.path).map_err(at.failed("make room beside"))?;
+        let checkpoint = match checkpoint_of(&member.path) {
+            Some(path) => match at.backend.stat(&path) {
+                Ok(found) => Some(KeptFile {
+                    kept: Yard::of(at.backend, &path)
+                        .map_err(at.failed("make room beside"))?
+                        .kept(self.id(), &format!("{what}-checkpoint")),
+                    mark: Mark::from(&found),
+                    path,
+                }),
+                Err(BackendError::NotFound { .. }) => None,
+                Err(source) => return Err(at.failed("look at the checkpoint file of")(source)),
+            },
+            None => None,
+        };
+        Ok(Departure {
+            at: self.site.place(member)?,
+            mark: Mark::from(&stat),
+            kept: yard.kept(self.id(), what),
+            after,
+            checkpoint,
+            becomes: None,
+            allocated_bytes: stat.allocated_bytes,
+        })
+    }
+
+    /// A temporary's name on a member's file system.
+    pub fn temporary(&self, member: &Key, what: &str) -> Result<StorePath> {
+        let at = self.site.at(&self.site.place(member)?)?;
+        let yard = Yard::of(at.backend, &member.path).map_err(at.failed("make room beside"))?;
+        Ok(yard.temporary(self.id(), what))
+    }
+
+    /// Where a file of that name is kept, on its own file system.
+    pub fn kept(&self, member: &Key, what: &str) -> Result<StorePath> {
+        let at = self.site.at(&self.site.place(member)?)?;
+        let yard = Yard::of(at.backend, &member.path).map_err(at.failed("make room beside"))?;
+        Ok(yard.kept(self.id(), what))
+    }
+
+    /// Decides: from here on the operation is carried out, by this process or by whoever recovers it. The
+    /// temporaries' names are made durable before. New roots are told their tree.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Decided`] if somebody else claimed the number: he has taken this operation for dead. It
+    /// is taken back.
+    ///
+    /// # After a crash
+    ///
+    /// Nothing is decided, or all of it.
+    pub fn decide(mut self, commit: Commit, roots: &[Key]) -> Result<Decided<'s>> {
+        for root in roots {
+            tree::belong(self.site.stores.get(root.store)?.backend(), &root.path, self.tree())?;
+        }
+        let mut directories: Vec<(usize, StorePath)> = Vec::new();
+        for publication in &commit.publications {
+            let at = self.site.at(&publication.at)?;
+            let directory = (at.key.store, publication.from.parent());
+            if !directories.contains(&directory) {
+                at.backend.sync_dir(&directory.1).map_err(at.failed("sync the directory of"))?;
+                directories.push(directory);
+            }
+        }
+        if self.lease.as_ref().is_some_and(|lease| !lease.is_held()) {
+            return Err(ChangeError::Busy { owner: "another qchain, which took it over".to_owned() });
+        }
+        self.site.cancel.check().map_err(|_| ChangeError::Cancelled)?;
+        let claim = self.claim(Decision::Commit(commit));
+        match self.journal()?.decide(&claim) {
+            Ok(()) => {}
+            Err(error @ ChangeError::Decided { .. }) => return Err(error),
+            // The name may have been taken for all that; then it stands.
+            Err(error) => match self.journal()?.claim(&claim.tree, claim.generation) {
+                Ok(super::journal::Found::Record(found)) if found == claim => {}
+                Ok(super::journal::Found::Nothing) => return Err(error),
+                _ => {
+                    // Unknown: recovery will see.
+                    self.open = false;
+                    return Err(error);
+                }
+            },
+        }
+        self.open = false;
+        let lease = self.lease.take();
+        Decided::new(self.site, self.home, self.name.clone(), claim, lease).ok_or_else(|| {
+            ChangeError::BadRecord {
+                path: "generations".to_owned(),
+                detail: "a commit was claimed as something else".to_owned(),
+            }
+        })
+    }
+
+    /// Takes the operation back now; errors are told, unlike when it is dropped.
+    pub fn take_back(mut self) -> Result<()> {
+        self.open = false;
+        self.give_up()
+    }
+
+    /// Its own temporaries go first, whatever the store still allows: it will never decide.
+    fn give_up(&self) -> Result<()> {
+        let swept = sweep::temporaries_of(self.site, self.id());
+        take_back(self.site, self.home, &self.name)?;
+        swept
+    }
+
+    fn journal(&self) -> Result<Journal> {
+        Ok(Journal::new(self.site.stores.get(self.home)?.backend()))
+    }
+
+    fn claim(&self, decision: Decision) -> Claim {
+        new_claim(self.site, &self.name, decision)
+    }
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            // Best effort: recovery does the same.
+            let _ = self.give_up();
+        }
+    }
+}
+
+fn new_claim(site: &Site<'_>, name: &IntentName, decision: Decision) -> Claim {
+    Claim {
+        schema: SCHEMA,
+        tree: name.tree.clone(),
+        generation: name.generation,
+        operation: name.operation.clone(),
+        nonce: uuid::Uuid::new_v4().simple().to_string(),
+        decided_ns: site.clock.wall_ns(),
+        decision,
+    }
+}
+
+/// Takes back an operation that nobody has decided: claims its number for nothing, so that its maker can only
+/// fail, then removes its temporaries and its intent. Gives [`ChangeError::Decided`], having done nothing, if
+/// it was decided before.
+pub fn take_back(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> {
+    let journal = Journal::new(site.stores.get(home)?.backend());
+    let claim = new_claim(site, name, Decision::Abort);
+    match journal.decide(&claim) {
+        Ok(()) => {}
+        Err(ChangeError::Decided { tree, generation }) => match journal.claim(&name.tree, name.generation)? {
+            super::journal::Found::Record(found)
+                if found.decision == Decision::Abort || found.operation != name.operation => {}
+            // Its maker is dead, and what he wrote says nothing: nobody has acted on it.
+            super::journal::Found::Torn(_) => {}
+            _ => return Err(ChangeError::Decided { tree, generation }),
+        },
+        Err(error) => return Err(error),
+    }
+    sweep::temporaries_of(site, &name.operation)?;
+    journal.conclude(name)
+}
+
+/// A file in the making that is to take the name of another.
+#[derive(Debug)]
+pub struct Staged {
+    place: Place,
+    key: Key,
+    temporary: StorePath,
+    kept: StorePath,
+    file: Arc<dyn StoreFile>,
+    old: Mark,
+    stamp: Stamp,
+}
+
+impl Staged {
+    /// The file, to be written.
+    #[must_use]
+    pub fn file(&self) -> &dyn StoreFile {
+        self.file.as_ref()
+    }
+
+    /// Throws the file away.
+    pub fn discard(self, site: &Site<'_>) -> Result<()> {
+        let at = site.at(&self.place)?;
+        at.backend.remove_file(&self.temporary).map_err(at.failed("remove the temporary for"))
+    }
+
+    /// Makes the bytes durable and opens the file again as a reader would: what is read from it comes from
+    /// the store, as far as the store allows. Nothing may be written after. If it fails the file must be
+    /// given up.
+    pub fn seal(&self, site: &Site<'_>) -> Result<Sealed> {
+        let at: At<'_> = site.at(&self.place)?;
+        self.file.sync().map_err(at.failed("make durable the new file of"))?;
+        self.file.drop_cache().map_err(at.failed("drop from the cache the new file of"))?;
+        let again = at.backend.open(&self.temporary).map_err(at.failed("open again the new file of"))?;
+        let stat = again.stat().map_err(at.failed("look at the new file of"))?;
+        // The old one must be what it was when the new one was begun.
+        let now = at.backend.stat(&self.key.path).map_err(at.failed("look at"))?;
+        if Stamp::from(&now) != self.stamp {
+            return Err(ChangeError::ChangedMeanwhile { member: at.name });
+        }
+        let publication = Publication {
+            at: self.place.clone(),
+            from: self.temporary.clone(),
+            new: Mark::from(&stat),
+            old: self.old,
+            kept: self.kept.clone(),
+            in_place: None,
+        };
+        Ok(Sealed { file: again, allocated_bytes: stat.allocated_bytes, publication })
+    }
+}
+
+/// A finished file, durable, not yet under its name.
+#[derive(Debug)]
+pub struct Sealed {
+    /// It, opened anew.
+    pub file: Arc<dyn StoreFile>,
+    /// What it takes on the store, in bytes.
+    pub allocated_bytes: u64,
+    /// How it is to be published.
+    pub publication: Publication,
+}

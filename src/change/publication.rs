@@ -1,0 +1,265 @@
+//! Names come back and get new files. Every step looks at file ids first, so that it can be repeated.
+
+use crate::backend::publish::{link, swap, take_name};
+use crate::backend::{Backend, BackendError, Stat};
+use crate::change::decided::Decided;
+use crate::change::error::Result;
+use crate::change::in_place;
+use crate::change::keep::{Kept, keep, release, sync_all};
+use crate::change::record::{Mark, Publication, Restore};
+use crate::change::site::{At, Site};
+use crate::failure::Code;
+use crate::ids::StorePath;
+
+/// What became of a publication.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// The name stands for the new file, or did before somebody else changed it later.
+    Done,
+    /// Somebody else had changed, replaced or removed the file, or writes it: it was left as it is.
+    TakenBack {
+        /// Why, as a code.
+        code: Code,
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// A publication that is still to be done.
+struct Pending<'a> {
+    index: usize,
+    publication: &'a Publication,
+    at: At<'a>,
+    kept: Kept,
+}
+
+/// Does all restores and publications of a decision that are not done yet.
+pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>> {
+    restore_all(site, &decided.commit.restores)?;
+    let mut outcomes = Vec::new();
+    let mut pending = Vec::new();
+    for (index, publication) in decided.commit.publications.iter().enumerate() {
+        let at = site.at(&publication.at)?;
+        let outcome = match look(site, decided, publication, &at)? {
+            Some(outcome) => outcome,
+            None => match keep(&at, &publication.at.path, &publication.kept, &publication.old)? {
+                Kept::Another => give_up(&at, publication, "was replaced by somebody else")?,
+                kept => {
+                    pending.push(Pending { index, publication, at, kept });
+                    Published::Done
+                }
+            },
+        };
+        outcomes.push(outcome);
+    }
+    sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?;
+    for one in &pending {
+        let outcome = put_in_place(one)?;
+        if let Some(place) = outcomes.get_mut(one.index) {
+            *place = outcome;
+        }
+    }
+    if !pending.is_empty() {
+        decided.settle()?;
+    }
+    Ok(outcomes)
+}
+
+/// Makes durable what was published, also by an earlier run, which may have died before it could.
+pub fn sync(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
+    let names = decided.commit.publications.iter();
+    let ats = names.map(|publication| site.at(&publication.at)).collect::<Result<Vec<_>>>()?;
+    sync_all(ats.iter().map(|at| (at, at.key.path.parent())))
+}
+
+/// What can be said of a publication before it is done; `None` if it is to be done now.
+fn look(
+    site: &Site<'_>,
+    decided: &Decided<'_>,
+    publication: &Publication,
+    at: &At<'_>,
+) -> Result<Option<Published>> {
+    let now = stat(at, &publication.at.path)?;
+    if publication.in_place.is_some() {
+        if now.as_ref().is_some_and(|now| publication.is_new(now)) {
+            release(at, &publication.from)?;
+            return Ok(Some(Published::Done));
+        }
+        if now.as_ref().is_some_and(|now| publication.old.is(now))
+            && let Err(taken_back) = in_place::complete(site, decided, publication)?
+        {
+            return Ok(Some(taken_back));
+        }
+    }
+    match stat(at, &publication.from)? {
+        // Publishing uses the name up: it was done, or given up.
+        None => {
+            let done = now.as_ref().is_none_or(|now| !publication.old.is(now));
+            return Ok(Some(if done {
+                Published::Done
+            } else {
+                taken_back(at, "has its old file still; the new one was given up")
+            }));
+        }
+        Some(found) if publication.is_new(&found) => {}
+        // The names were exchanged, and then nobody looked at what came back.
+        Some(found) if now.as_ref().is_some_and(|now| publication.is_new(now)) => {
+            return after_exchange(publication, at, &found).map(Some);
+        }
+        Some(_) => return give_up(at, publication, "has a damaged new file").map(Some),
+    }
+    match now {
+        Some(now) if publication.is_new(&now) => {
+            release(at, &publication.from)?;
+            Ok(Some(Published::Done))
+        }
+        Some(now) if publication.old.is(&now) => {
+            if writer(at, &publication.at.path)? {
+                give_up(at, publication, "is open for writing").map(Some)
+            } else {
+                Ok(None)
+            }
+        }
+        Some(_) => give_up(at, publication, "was changed or replaced by somebody else").map(Some),
+        None => give_up(at, publication, "was removed by somebody else").map(Some),
+    }
+}
+
+/// Gives one name its new file.
+fn put_in_place(one: &Pending<'_>) -> Result<Published> {
+    let Pending { publication, at, .. } = one;
+    let name = &publication.at.path;
+    match stat(at, name)? {
+        Some(now) if publication.old.is(&now) => {}
+        _ => return give_up(at, publication, "was changed, replaced or removed by somebody else"),
+    }
+    match swap(at.backend, &publication.from, name) {
+        Ok(()) => {}
+        Err(error) if error.is_unsupported() => return rename_over(one),
+        Err(BackendError::NotFound { .. }) => {
+            return give_up(at, publication, "was removed by somebody else");
+        }
+        Err(source) => return Err(at.failed("publish")(source)),
+    }
+    match stat(at, &publication.from)? {
+        Some(found) => after_exchange(publication, at, &found),
+        None => Ok(Published::Done),
+    }
+}
+
+/// What had the name has the temporary's now: was it what was recorded, and does nobody write it? Then it is
+/// let go from there, and kept under its other name; else it comes back.
+fn after_exchange(publication: &Publication, at: &At<'_>, found: &Stat) -> Result<Published> {
+    let (name, from) = (&publication.at.path, &publication.from);
+    if !publication.old.is(found) || writer(at, from)? {
+        if stat(at, name)?.is_some_and(|now| publication.is_new(&now)) {
+            swap(at.backend, from, name).map_err(at.failed("take back"))?;
+        }
+        return give_up(at, publication, "was changed or replaced by somebody else");
+    }
+    match stat(at, &publication.kept)? {
+        Some(kept) if kept.id == found.id => release(at, from)?,
+        Some(_) => {}
+        None => take_name(at.backend, from, &publication.kept).map_err(at.failed("keep the old file of"))?,
+    }
+    Ok(Published::Done)
+}
+
+/// Where names cannot be exchanged: a rename over the name, and a look at the old file after it.
+fn rename_over(one: &Pending<'_>) -> Result<Published> {
+    let Pending { publication, at, kept, .. } = one;
+    let name = &publication.at.path;
+    match take_name(at.backend, &publication.from, name) {
+        Ok(()) => {}
+        // The answer to an earlier request was lost, or another instance was faster.
+        Err(BackendError::NotFound { .. }) => {
+            return Ok(match stat(at, name)? {
+                Some(now) if publication.is_new(&now) => Published::Done,
+                _ => taken_back(at, "was changed, replaced or removed by somebody else"),
+            });
+        }
+        Err(source) => return Err(at.failed("publish")(source)),
+    }
+    if *kept != Kept::Here {
+        return Ok(Published::Done);
+    }
+    let old = stat(at, &publication.kept)?;
+    if old.is_some_and(|old| publication.old.is(&old)) && !writer(at, &publication.kept)? {
+        return Ok(Published::Done);
+    }
+    // Somebody wrote into the old file at that very moment. His edit must not be lost: his file comes back.
+    if let Some(now) = stat(at, name)?
+        && publication.is_new(&now)
+        && link(at.backend, &publication.kept, &publication.from).is_ok()
+    {
+        take_name(at.backend, &publication.from, name).map_err(at.failed("take back"))?;
+    }
+    Ok(taken_back(at, "was changed by somebody else"))
+}
+
+/// Drops the new file, and the second name of an old one that has its first.
+fn give_up(at: &At<'_>, publication: &Publication, reason: &str) -> Result<Published> {
+    if publication.in_place.is_some()
+        || stat(at, &publication.from)?.is_some_and(|found| publication.new.is(&found))
+    {
+        release(at, &publication.from)?;
+    }
+    let same = match (stat(at, &publication.at.path)?, stat(at, &publication.kept)?) {
+        (Some(named), Some(kept)) => named.id == kept.id,
+        _ => false,
+    };
+    if same {
+        release(at, &publication.kept)?;
+    }
+    Ok(taken_back(at, reason))
+}
+
+fn taken_back(at: &At<'_>, reason: &str) -> Published {
+    Published::TakenBack { code: Code::ChangedMeanwhile, reason: format!("{} {reason}", at.name) }
+}
+
+/// Names come back, never over another file.
+fn restore_all(site: &Site<'_>, restores: &[Restore]) -> Result<()> {
+    let mut done = Vec::new();
+    for restore in restores {
+        let at = site.at(&restore.at)?;
+        if stat(&at, &restore.at.path)?.is_none() {
+            let found = stat(&at, &restore.kept)?;
+            if found.is_some_and(|found| restore.mark.inode == found.id.inode) {
+                match link(at.backend, &restore.kept, &restore.at.path) {
+                    Ok(()) | Err(BackendError::AlreadyExists { .. }) => {}
+                    Err(source) => return Err(at.failed("put back")(source)),
+                }
+            }
+        }
+        done.push(at);
+    }
+    sync_all(done.iter().map(|at| (at, at.key.path.parent())))
+}
+
+/// Whether QEMU has a file open for writing.
+fn writer(at: &At<'_>, path: &StorePath) -> Result<bool> {
+    match at.backend.open(path) {
+        Ok(file) => Ok(file.image_locks().map_err(at.failed("look at the locks of"))?.writer),
+        Err(BackendError::NotFound { .. }) => Ok(false),
+        Err(source) => Err(at.failed("open")(source)),
+    }
+}
+
+/// What a name stands for; `None` if nothing has it.
+pub fn stat(at: &At<'_>, path: &StorePath) -> Result<Option<Stat>> {
+    stat_in(at.backend, path).map_err(at.failed("look at"))
+}
+
+fn stat_in(backend: &dyn Backend, path: &StorePath) -> std::result::Result<Option<Stat>, BackendError> {
+    match backend.stat(path) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(BackendError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a name stands for a file of that mark.
+pub fn has(at: &At<'_>, path: &StorePath, mark: &Mark) -> Result<bool> {
+    Ok(stat(at, path)?.is_some_and(|stat| mark.is(&stat)))
+}

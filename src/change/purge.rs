@@ -1,0 +1,111 @@
+//! The end of an operation: what it kept goes, then its intent.
+
+use crate::change::decided::Decided;
+use crate::change::error::Result;
+use crate::change::in_place;
+use crate::change::journal::Journal;
+use crate::change::keep::release;
+use crate::change::places::{IntentName, operation_of};
+use crate::change::publication::stat;
+use crate::change::record::{Commit, Mark, OperationId, Purpose};
+use crate::change::site::{At, Site};
+use crate::change::{sweep, tree};
+use crate::failure::Code;
+use crate::ids::StorePath;
+use crate::store::record::own;
+use crate::store::scan::Finding;
+
+/// Removes what an operation kept and ends it. Files that are not what was put there are left, and told.
+///
+/// # After a crash
+///
+/// Some of it is gone; calling again does the rest.
+pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    decided.settle()?;
+    if decided.commit.purpose == Purpose::Delete {
+        // Somebody reads the file still; the next purge sees to it.
+        if !in_place::give_back(site, decided)? {
+            return Ok(findings);
+        }
+    }
+    let_go(site, &decided.commit, &mut findings)?;
+    if let Purpose::Undo { operation, generation } = &decided.commit.purpose {
+        // What it took back ends with it.
+        let journal = decided.journal()?;
+        let undone = IntentName {
+            tree: decided.name.tree.clone(),
+            generation: *generation,
+            operation: operation.clone(),
+        };
+        if let crate::change::journal::Found::Record(claim) = journal.claim(&undone.tree, *generation)?
+            && let crate::change::record::Decision::Commit(commit) = &claim.decision
+        {
+            let_go(site, commit, &mut findings)?;
+        }
+        end(site, &journal, &undone)?;
+    }
+    // As long as something is left to be looked at the operation is not over: its name protects the files.
+    if findings.is_empty() {
+        end(site, &decided.journal()?, &decided.name)?;
+    }
+    Ok(findings)
+}
+
+fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> {
+    sweep::temporaries_of(site, &name.operation)?;
+    journal.conclude(name)
+}
+
+/// Lets everything go that a decision kept.
+fn let_go(site: &Site<'_>, commit: &Commit, findings: &mut Vec<Finding>) -> Result<()> {
+    for publication in &commit.publications {
+        let at = site.at(&publication.at)?;
+        drop_kept(&at, &publication.kept, Some(&publication.old), findings)?;
+    }
+    for edit in &commit.checkpoints {
+        let at = site.at(&edit.at)?;
+        drop_kept(&at, &edit.kept, None, findings)?;
+    }
+    for departure in &commit.departures {
+        let at = site.at(&departure.at)?;
+        drop_kept(&at, &departure.kept, Some(&departure.mark), findings)?;
+        if let Some(file) = &departure.checkpoint {
+            drop_kept(&at, &file.kept, None, findings)?;
+        }
+        if stat(&at, &departure.at.path)?.is_none() {
+            tree::forget(at.backend, &departure.at.path)?;
+        }
+    }
+    Ok(())
+}
+
+fn drop_kept(at: &At<'_>, kept: &StorePath, mark: Option<&Mark>, findings: &mut Vec<Finding>) -> Result<()> {
+    match stat(at, kept)? {
+        None => Ok(()),
+        Some(found) if mark.is_none_or(|mark| mark.is(&found)) => release(at, kept),
+        Some(_) => {
+            let message = format!("{kept} was changed after it was put there; it was left alone");
+            findings.push(Finding { member: at.name.clone(), code: Code::TrashChanged, message });
+            Ok(())
+        }
+    }
+}
+
+/// The bytes that an operation keeps in trash: by the allocation of the files, extents that are shared counted
+/// in full.
+pub fn held_bytes(site: &Site<'_>, operation: &OperationId) -> Result<u64> {
+    let mut bytes = 0;
+    for (_, store) in site.stores.iter() {
+        let journal = Journal::new(store.backend());
+        for name in journal.names(&own(&["trash"]))? {
+            if operation_of(&name).as_ref() == Some(operation)
+                && let Ok(path) = own(&["trash"]).join(&name)
+                && let Ok(found) = store.backend().stat(&path)
+            {
+                bytes += found.allocated_bytes;
+            }
+        }
+    }
+    Ok(bytes)
+}

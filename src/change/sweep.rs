@@ -1,0 +1,89 @@
+//! Temporaries that nobody will finish.
+
+use std::collections::BTreeSet;
+
+use crate::backend::{BackendError, LockKind};
+use crate::change::error::{ChangeError, Result};
+use crate::change::journal::Journal;
+use crate::change::places::operation_of;
+use crate::change::record::OperationId;
+use crate::change::site::Site;
+use crate::ids::StorePath;
+use crate::store::record::own;
+
+/// Temporaries of no known operation are left alone for this long, in nanoseconds, unless it is certain that
+/// nobody of this host is at work: another host may just be writing one. One day.
+const UNKNOWN_NS: i128 = 86_400_000_000_000;
+
+/// Removes all temporaries of one operation.
+pub fn temporaries_of(site: &Site<'_>, operation: &OperationId) -> Result<()> {
+    for (_, store) in site.stores.iter() {
+        let journal = Journal::new(store.backend());
+        let directory = own(&["tmp"]);
+        for name in journal.names(&directory)? {
+            if operation_of(&name).as_ref() == Some(operation) {
+                remove(store.backend().as_ref(), &directory, &name)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes temporaries and kept files of operations that have ended, and what a killed process left of its
+/// records and probes. Gives how many went.
+pub fn strays(site: &Site<'_>) -> Result<u64> {
+    let mut removed = 0;
+    // First the files, then the intents: whatever was made after this look is not looked at.
+    let mut found = Vec::new();
+    for (index, store) in site.stores.iter() {
+        let journal = Journal::new(store.backend());
+        for directory in ["tmp", "trash"] {
+            for name in journal.names(&own(&[directory]))? {
+                found.push((index, directory, name));
+            }
+        }
+    }
+    let mut open: BTreeSet<OperationId> = BTreeSet::new();
+    for (_, store) in site.stores.iter() {
+        open.extend(Journal::new(store.backend()).intents()?.into_iter().map(|name| name.operation));
+    }
+    for (index, directory, name) in found {
+        let store = site.stores.get(index)?;
+        let backend = store.backend();
+        let parent = own(&[directory]);
+        let goes = match operation_of(&name) {
+            Some(operation) if open.contains(&operation) => false,
+            // Nothing is put there but by an operation with an intent, and that goes last.
+            Some(_) if directory == "trash" => true,
+            _ if directory == "trash" => false,
+            _ => is_alone(site, index)? || is_old(site, index, &parent, &name),
+        };
+        if goes {
+            remove(backend.as_ref(), &parent, &name)?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+/// Whether no other process of this host works on a store.
+fn is_alone(site: &Site<'_>, store: usize) -> Result<bool> {
+    let path = own(&["locks", "change"]);
+    let lock = site.stores.get(store)?.backend().try_lock(&path, LockKind::Exclusive);
+    let failed = |source| ChangeError::Store { action: "lock", member: path.to_string(), source };
+    Ok(lock.map_err(failed)?.is_some())
+}
+
+fn is_old(site: &Site<'_>, store: usize, directory: &StorePath, name: &str) -> bool {
+    let stat = site.stores.get(store).ok().zip(directory.join(name).ok());
+    let stat = stat.and_then(|(store, path)| store.backend().stat(&path).ok());
+    stat.is_some_and(|stat| stat.modified_ns + UNKNOWN_NS < i128::from(site.clock.wall_ns()))
+}
+
+fn remove(backend: &dyn crate::backend::Backend, directory: &StorePath, name: &str) -> Result<()> {
+    let Ok(path) = directory.join(name) else { return Ok(()) };
+    match backend.remove_file(&path) {
+        Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
+        Err(source) => Err(ChangeError::Store { action: "remove", member: path.to_string(), source }),
+    }
+}

@@ -1,0 +1,212 @@
+//! Taking an operation back, as one of its own: deleted members and old survivors get their names again.
+
+use crate::chain::graph::Key;
+use crate::change::decided::Decided;
+use crate::change::error::{ChangeError, Result};
+use crate::change::journal::{Found, Journal};
+use crate::change::operation::Operation;
+use crate::change::places::IntentName;
+use crate::change::publication::{has, stat};
+use crate::change::record::{CheckpointEdit, Claim, Commit, Decision, Place, Publication, Purpose, Restore};
+use crate::change::site::Site;
+use crate::cloudstack::paths::checkpoint_of;
+
+/// Decides that an operation is taken back. The result is to be published as any decision; nothing has
+/// changed before that.
+///
+/// # Errors
+///
+/// [`ChangeError::NotUndoable`] with what is in the way: it was made in place, its old files are gone, a
+/// survivor was changed since, a name was taken, or a later operation builds on it.
+pub fn undo<'s>(site: &'s Site<'s>, home: usize, name: &IntentName) -> Result<Decided<'s>> {
+    let commit = commit_of(site, home, name)?;
+    let operation = Operation::begin_in(site, home, name.tree.clone(), members_of(&commit))?;
+    decide(site, operation, home, name, &commit)
+}
+
+/// As [`undo`], of an operation whose tree's lease the caller holds.
+pub(super) fn undo_held<'s>(site: &'s Site<'s>, decided: &Decided<'s>) -> Result<Decided<'s>> {
+    let (home, name) = (decided.home, decided.name());
+    let commit = commit_of(site, home, name)?;
+    let operation = Operation::announce(site, home, name.tree.clone(), members_of(&commit), None)?;
+    decide(site, operation, home, name, &commit)
+}
+
+fn refusal(name: &IntentName) -> impl Fn(Conflict) -> ChangeError + use<> {
+    let operation = name.operation.to_string();
+    move |conflict| match conflict {
+        Conflict::With(reason) => ChangeError::NotUndoable { operation: operation.clone(), reason },
+        Conflict::Failed(error) => error,
+    }
+}
+
+fn members_of(commit: &Commit) -> Vec<Place> {
+    commit.departures.iter().map(|departure| departure.at.clone()).collect()
+}
+
+/// What was decided, if that can be taken back at all.
+fn commit_of(site: &Site<'_>, home: usize, name: &IntentName) -> Result<Commit> {
+    let refuse = |reason: &str| refusal(name)(Conflict::With(reason.to_owned()));
+    let journal = Journal::new(site.stores.get(home)?.backend());
+    let commit = match journal.claim(&name.tree, name.generation)? {
+        Found::Record(Claim { decision: Decision::Commit(commit), .. }) => commit,
+        Found::Record(_) | Found::Nothing => return Err(refuse("it was never carried out")),
+        Found::Torn(_) => return Err(refuse("its record is damaged")),
+    };
+    if commit.purpose != Purpose::Delete {
+        return Err(refuse("it is an undo itself"));
+    }
+    if commit.publications.iter().any(|publication| publication.in_place.is_some()) {
+        return Err(refuse("it was made in place: the old file was written into"));
+    }
+    if !journal.intents()?.contains(name) {
+        return Err(refuse("its old files are gone"));
+    }
+    Ok(commit)
+}
+
+fn decide<'s>(
+    site: &'s Site<'s>,
+    operation: Operation<'s>,
+    home: usize,
+    name: &IntentName,
+    commit: &Commit,
+) -> Result<Decided<'s>> {
+    let journal = Journal::new(site.stores.get(home)?.backend());
+    later(&journal, name, commit).map_err(refusal(name))?;
+    let mut reversed = reverse(site, &operation, commit).map_err(refusal(name))?;
+    reversed.purpose = Purpose::Undo { operation: name.operation.clone(), generation: name.generation };
+    // Each may be the root again.
+    let roots =
+        commit.departures.iter().map(|departure| site.key(&departure.at)).collect::<Result<Vec<Key>>>()?;
+    operation.decide(reversed, &roots)
+}
+
+enum Conflict {
+    With(String),
+    Failed(ChangeError),
+}
+
+impl From<ChangeError> for Conflict {
+    fn from(error: ChangeError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn touched(commit: &Commit) -> impl Iterator<Item = &Place> {
+    let survivors = commit.publications.iter().map(|publication| &publication.at);
+    survivors.chain(commit.departures.iter().map(|departure| &departure.at))
+}
+
+/// A later operation of the tree that touched what this one did.
+fn later(journal: &Journal, name: &IntentName, commit: &Commit) -> std::result::Result<(), Conflict> {
+    let own: Vec<&Place> = touched(commit).collect();
+    let mut undone = Vec::new();
+    let mut builds = Vec::new();
+    for number in journal.generations(&name.tree)?.into_iter().filter(|number| *number > name.generation) {
+        let Found::Record(claim) = journal.claim(&name.tree, number)? else { continue };
+        let Decision::Commit(other) = &claim.decision else { continue };
+        match &other.purpose {
+            Purpose::Undo { generation, .. } if *generation == name.generation => {
+                return Err(Conflict::With("it was undone already".to_owned()));
+            }
+            Purpose::Undo { generation, .. } => undone.push(*generation),
+            Purpose::Delete => {
+                if touched(other).any(|place| own.contains(&place)) {
+                    builds.push((number, claim.operation.to_string()));
+                }
+            }
+        }
+    }
+    match builds.iter().find(|(number, _)| !undone.contains(number)) {
+        Some((_, operation)) => Err(Conflict::With(format!("the later operation {operation} builds on it"))),
+        None => Ok(()),
+    }
+}
+
+/// What takes a decision back.
+fn reverse(
+    site: &Site<'_>,
+    operation: &Operation<'_>,
+    commit: &Commit,
+) -> std::result::Result<Commit, Conflict> {
+    let mut restores = Vec::new();
+    for departure in &commit.departures {
+        let at = site.at(&departure.at)?;
+        match stat(&at, &departure.at.path)? {
+            Some(found) if departure.is(&found) => {}
+            Some(_) => return Err(Conflict::With(format!("another file is called {} now", at.name))),
+            None if has(&at, &departure.kept, &departure.mark)? => restores.push(Restore {
+                at: departure.at.clone(),
+                kept: departure.kept.clone(),
+                mark: departure.mark,
+            }),
+            None => return Err(Conflict::With(format!("the old file of {} is gone", at.name))),
+        }
+        if let Some(file) = &departure.checkpoint
+            && stat(&at, &file.path)?.is_none()
+        {
+            let place = Place { store: departure.at.store.clone(), path: file.path.clone() };
+            restores.push(Restore { at: place, kept: file.kept.clone(), mark: file.mark });
+        }
+    }
+    let mut publications = Vec::new();
+    for (index, publication) in commit.publications.iter().enumerate() {
+        let at = site.at(&publication.at)?;
+        let Some(now) = stat(&at, &publication.at.path)? else {
+            return Err(Conflict::With(format!("{} was removed since", at.name)));
+        };
+        // Taken back then: there is nothing to be taken back now.
+        if publication.old.is(&now) {
+            continue;
+        }
+        if !publication.is_new(&now) {
+            return Err(Conflict::With(format!("{} was changed since", at.name)));
+        }
+        if !has(&at, &publication.kept, &publication.old)? {
+            return Err(Conflict::With(format!("the old file of {} is gone", at.name)));
+        }
+        publications.push(Publication {
+            at: publication.at.clone(),
+            from: publication.kept.clone(),
+            new: publication.old,
+            old: publication.new,
+            kept: operation.kept(&at.key, &format!("{index}.image"))?,
+            in_place: None,
+        });
+    }
+    let checkpoints = edits_back(site, operation, commit, &publications)?;
+    Ok(Commit {
+        purpose: Purpose::Delete,
+        grace_ns: commit.grace_ns,
+        retention_ns: 0,
+        restores,
+        publications,
+        checkpoints,
+        departures: Vec::new(),
+    })
+}
+
+/// The edits of checkpoint files that take a decision's own back.
+fn edits_back(
+    site: &Site<'_>,
+    operation: &Operation<'_>,
+    commit: &Commit,
+    publications: &[Publication],
+) -> Result<Vec<CheckpointEdit>> {
+    let mut checkpoints = Vec::new();
+    for (index, edit) in commit.checkpoints.iter().enumerate() {
+        let at = site.at(&edit.at)?;
+        checkpoints.push(CheckpointEdit {
+            at: edit.at.clone(),
+            after: publications.iter().position(|one| {
+                one.at.store == edit.at.store && checkpoint_of(&one.at.path).as_ref() == Some(&edit.at.path)
+            }),
+            parent: edit.before.clone(),
+            before: edit.parent.clone(),
+            kept: operation.kept(&at.key, &format!("{index}.checkpoint"))?,
+            original: Some(edit.kept.clone()),
+        });
+    }
+    Ok(checkpoints)
+}
