@@ -16,6 +16,7 @@ use crate::change::record::{Claim, Decision, Freeze, Place, Purpose, SCHEMA};
 use crate::change::site::Site;
 use crate::change::witness::{Verdict, Witness};
 use crate::change::{in_place, sweep, undo};
+use crate::failure::{Code, Failure, Kind};
 use crate::store::scan::Finding;
 
 /// What became of an interrupted or waiting operation.
@@ -36,7 +37,14 @@ pub enum Action {
     /// Something stands against its end, which a person should look at.
     Stuck(Vec<Finding>),
     /// It failed.
-    Failed(String),
+    Failed {
+        /// What kind of failure it was.
+        kind: Kind,
+        /// Why, as a code.
+        code: Code,
+        /// Why, in words.
+        message: String,
+    },
 }
 
 impl Action {
@@ -51,7 +59,7 @@ impl Action {
             Self::Busy => "busy",
             Self::Frozen(_) => "frozen",
             Self::Stuck(_) => "stuck",
-            Self::Failed(_) => "failed",
+            Self::Failed { .. } => "failed",
         }
     }
 }
@@ -98,7 +106,10 @@ pub fn recover(site: &Site<'_>, extent: Extent, witness: Witness) -> Result<Vec<
 fn failed(error: &ChangeError) -> Action {
     match error {
         ChangeError::Busy { .. } => Action::Busy,
-        error => Action::Failed(crate::failure::with_causes(error)),
+        error => {
+            let message = crate::failure::with_causes(error);
+            Action::Failed { kind: error.kind(), code: error.code(), message }
+        }
     }
 }
 
