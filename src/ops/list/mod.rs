@@ -1,6 +1,7 @@
 //! `list`: chains, sizes, states, and what a merge would free.
 
 mod frees;
+mod records;
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -72,7 +73,8 @@ pub struct Entry {
     pub file_bytes: u64,
     /// What the file takes on the store.
     pub allocated_bytes: u64,
-    /// `incoming`, `damaged`, `temporary`, `settled`, or for a settled member with a row that row's state.
+    /// `leaving` (deleted, waiting for the end of its grace), `incoming`, `damaged`, `temporary`, `settled`, or
+    /// for a settled member with a row that row's state.
     pub state: String,
     /// Its cluster size; null if its header cannot be read.
     pub cluster_bytes: Option<u64>,
@@ -111,8 +113,15 @@ pub fn list(
         Some(records) => Some(frees::estimate(stores, scan, records, &trees, progress, cancel)?),
         None => None,
     };
+    let known = records::read(stores, scan, cancel);
     for (place, (index, tree)) in trees.iter().enumerate() {
-        let members = tree.members.iter().filter_map(|id| entry(stores, scan, options.records, *id));
+        let members = tree.members.iter().filter_map(|id| {
+            let mut entry = entry(stores, scan, options.records, *id)?;
+            if known.leaving.contains(id) {
+                "leaving".clone_into(&mut entry.state);
+            }
+            Some(entry)
+        });
         let gain = gains.as_ref().and_then(|gains| gains.get(place));
         chains.push(Chain {
             tree: *index,
@@ -122,6 +131,7 @@ pub fn list(
         });
     }
     let mut findings = scan.findings.clone();
+    findings.extend(known.findings);
     if named.is_some() {
         let shown: HashSet<&str> =
             chains.iter().flat_map(|chain| &chain.members).map(|entry| entry.member.as_str()).collect();
