@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::output;
+use super::{lock_proof, output};
 use crate::ops::init::{deinit, init, own_directory};
 use crate::store::record::StoreKind;
 
@@ -55,7 +55,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         KindArg::Cloudstack => StoreKind::Cloudstack,
         KindArg::Plain => StoreKind::Plain,
     });
-    let reports = init(&context.stores()?, kind)?;
+    let reports = init(&context.stores()?, kind, &lock_proof::seen_across_processes)?;
     context.print(&Reports::of(&reports), |out| {
         for report in &reports {
             let done = if report.changed { "opted in" } else { "was opted in already" };

@@ -19,6 +19,7 @@ mod explain;
 mod init;
 mod interrupt;
 mod list;
+mod lock_proof;
 mod map;
 mod members;
 mod output;
@@ -98,6 +99,9 @@ enum Command {
     Explain(explain::Args),
     /// Look at the configuration
     Config(config_check::Args),
+    /// Of init's own: take locks, so that it can see whether they are seen
+    #[command(name = lock_proof::COMMAND, hide = true)]
+    HoldLock(lock_proof::Args),
 }
 
 /// Runs the command.
@@ -113,6 +117,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Delete(args) => delete::run(&context()?, args),
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
+        Command::HoldLock(args) => lock_proof::hold(args),
     }
 }
 

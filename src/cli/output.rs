@@ -99,7 +99,7 @@ pub fn time(ns: i64) -> String {
 pub fn capabilities(can: &Capabilities) -> String {
     let word = |yes: bool| if yes { "yes" } else { "no" };
     format!(
-        "clones {}, hard links {}, byte-range locks {}, exchange {}, direct I/O {}, network {}",
+        "clones {}, hard links {}, locks seen across processes {}, exchange {}, direct I/O {}, network {}",
         word(can.clone),
         word(can.hard_links),
         word(can.byte_range_locks),

@@ -300,6 +300,11 @@ codes! {
         "The operation cannot be undone: its old files are gone, it was made in place, or a later one builds on it.",
         "None; nothing was done.",
         "Undo the later operation first, if the message names one.";
+    /// Operations are not over.
+    OpenOperations = "open-operations", Error,
+        "Operations are half done, or keep old files for an undo.",
+        "Without their records they could be neither finished nor undone.",
+        "See qchain history; run qchain recover, then qchain purge --all, then try again.";
     /// A deleted member that still has its name.
     Leaving = "leaving", Info,
         "The member was deleted and merged away; it keeps its name until its readers have had their grace.",

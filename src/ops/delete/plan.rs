@@ -136,7 +136,11 @@ fn probe(stores: &Stores, index: usize, dry_run: bool) -> Result<Capabilities> {
         return Ok(known);
     }
     let found = store.backend().probe(&own(&["tmp"]));
-    found.map_err(|source| crate::store::StoreError::backend(store, source).into())
+    let mut found = found.map_err(|source| crate::store::StoreError::backend(store, source))?;
+    // One process alone cannot see whether others see its locks: that was proved when the store was opted in.
+    let proved = store.record().and_then(|record| record.capabilities).map(|known| known.byte_range_locks);
+    found.byte_range_locks &= proved.unwrap_or(false);
+    Ok(found)
 }
 
 fn plan_tree(

@@ -7,8 +7,13 @@
 use serde::Serialize;
 
 use crate::backend::{Backend, BackendError, Capabilities, FileKind, LockKind, publish};
+use crate::change::history::history;
+use crate::change::journal::Journal;
+use crate::change::{Site, SystemClock};
+use crate::failure::Code;
 use crate::ids::StorePath;
-use crate::ops::Result;
+use crate::ops::{OpError, Result};
+use crate::progress::Cancel;
 use crate::store::record::{
     DIRECTORIES, FORMAT, OWN_DIRECTORY, SCHEMA, StoreKind, StoreRecord, ZoneStore, own,
 };
@@ -44,8 +49,15 @@ pub struct DeinitReport {
 /// A held lock.
 type Guard = Box<dyn Send + Sync>;
 
+/// How many operations a refusal names.
+const MAX_NAMED: usize = 5;
+
+/// Finds out whether a lock that another process takes on a file of a store is seen here. It gets the store and
+/// a directory of qchain's own there, and leaves nothing behind. One process by itself cannot tell.
+pub type LockProof<'a> = &'a dyn Fn(&dyn Backend, &StorePath) -> bool;
+
 /// Opts all stores in, as one zone. Kinds are those given, or what the directories look like.
-pub fn init(stores: &Stores, kind: Option<StoreKind>) -> Result<Vec<InitReport>> {
+pub fn init(stores: &Stores, kind: Option<StoreKind>, locks: LockProof<'_>) -> Result<Vec<InitReport>> {
     for (_, store) in stores.iter() {
         check_kind(store, kind)?;
     }
@@ -68,7 +80,7 @@ pub fn init(stores: &Stores, kind: Option<StoreKind>) -> Result<Vec<InitReport>>
         .collect();
     let mut reports = Vec::new();
     for ((_, store), id) in stores.iter().zip(ids) {
-        reports.push(init_one(store, id, kind.unwrap_or_else(|| store.kind()), &zone)?);
+        reports.push(init_one(store, id, kind.unwrap_or_else(|| store.kind()), &zone, locks)?);
     }
     drop(guards);
     Ok(reports)
@@ -89,10 +101,17 @@ fn check_kind(store: &Store, kind: Option<StoreKind>) -> Result<()> {
     Ok(())
 }
 
-fn init_one(store: &Store, id: String, kind: StoreKind, zone: &[ZoneStore]) -> Result<InitReport> {
+fn init_one(
+    store: &Store,
+    id: String,
+    kind: StoreKind,
+    zone: &[ZoneStore],
+    locks: LockProof<'_>,
+) -> Result<InitReport> {
     let backend = store.backend().as_ref();
     let scratch = own(&["tmp"]);
-    let capabilities = backend.probe(&scratch).map_err(|source| StoreError::backend(store, source))?;
+    let mut capabilities = backend.probe(&scratch).map_err(|source| StoreError::backend(store, source))?;
+    capabilities.byte_range_locks = capabilities.byte_range_locks && locks(backend, &scratch);
     let record = StoreRecord {
         schema: SCHEMA,
         id: id.clone(),
@@ -144,7 +163,8 @@ fn lock(store: &Store) -> Result<Guard> {
     Ok(guard.ok_or_else(|| StoreError::Busy { store: store.id().to_string() })?)
 }
 
-/// Removes everything of qchain's from all stores; nothing is removed if one of them is in use.
+/// Removes everything of qchain's from all stores; nothing is removed if one of them is in use, or has
+/// operations that are not over.
 pub fn deinit(stores: &Stores) -> Result<Vec<DeinitReport>> {
     let mut guards = Vec::new();
     for (_, store) in stores.iter() {
@@ -160,9 +180,38 @@ pub fn deinit(stores: &Stores) -> Result<Vec<DeinitReport>> {
             guards.push(lock(store)?);
         }
     }
+    // Under the locks: nothing begins meanwhile.
+    check_ended(stores)?;
     let reports = stores.iter().map(|(_, store)| deinit_one(store)).collect();
     drop(guards);
     reports
+}
+
+/// Refuses while an operation is half done, which nobody could finish, or keeps old files, which would be lost.
+fn check_ended(stores: &Stores) -> Result<()> {
+    let mut open = Vec::new();
+    for (_, store) in stores.iter() {
+        let intents = Journal::new(store.backend()).intents()?;
+        open.extend(intents.into_iter().map(|name| (store, name.operation)));
+    }
+    let Some((first, _)) = open.first() else { return Ok(()) };
+    let cancel = Cancel::default();
+    // Only for the message.
+    let done =
+        history(&Site::new(stores, &SystemClock, &cancel, std::time::Duration::ZERO)).unwrap_or_default();
+    let held: u64 = done.iter().filter(|done| !done.ended).map(|done| done.held_bytes).sum();
+    let mut named: Vec<&str> = open.iter().take(MAX_NAMED).map(|(_, operation)| operation.as_str()).collect();
+    if open.len() > MAX_NAMED {
+        named.push("...");
+    }
+    let message = format!(
+        "{} operations are not over and keep {held} bytes: {}; end them first by qchain recover and qchain \
+         purge --all, which waits for the grace of deleted members",
+        open.len(),
+        named.join(", ")
+    );
+    let member = first.backend().describe();
+    Err(OpError::Refused { code: Code::OpenOperations, member, message })
 }
 
 fn deinit_one(store: &Store) -> Result<DeinitReport> {

@@ -32,9 +32,11 @@ pub fn init(root: &Path, kind: StoreKind) {
     for directory in DIRECTORIES {
         fs::create_dir_all(root.join(".qchain").join(directory)).unwrap();
     }
+    let scratch = qchain::store::record::own(&["tmp"]);
+    let capabilities = PosixStore::open(root).unwrap().probe(&scratch).ok();
     let id = format!("test-{}", root.display());
     let zone = vec![ZoneStore { id: id.clone(), name: "test".to_owned() }];
-    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone, capabilities: None };
+    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone, capabilities };
     fs::write(root.join(".qchain/store.json"), record.encode()).unwrap();
 }
 
