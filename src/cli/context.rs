@@ -1,5 +1,6 @@
 //! What every command has at hand: settings, stores, progress, the token that stops it.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,6 +17,7 @@ use crate::change::witness::Witness;
 use crate::change::{Site, SystemClock};
 use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
+use crate::ops::recover::trash_bytes;
 use crate::progress::{Cancel, Progress};
 use crate::store::scan::{Scan, ScanOptions};
 use crate::store::{StoreConfig, Stores};
@@ -32,6 +34,8 @@ pub struct Context {
     json: bool,
     read_only: bool,
     bar: Bar,
+    /// Bytes given back so far, for the metrics.
+    freed_bytes: Cell<u64>,
 }
 
 impl Context {
@@ -41,7 +45,8 @@ impl Context {
         let configs = stores::configured(&global.stores, &settings.stores)?;
         let bar = Bar::new(!global.quiet);
         let (json, read_only) = (global.json, global.read_only);
-        Ok(Self { settings, config_file, cancel, configs, json, read_only, bar })
+        let freed_bytes = Cell::new(0);
+        Ok(Self { settings, config_file, cancel, configs, json, read_only, bar, freed_bytes })
     }
 
     /// What is told of running work.
@@ -57,6 +62,21 @@ impl Context {
     /// What is known of the stores of the call.
     pub fn configs(&self) -> &[StoreConfig] {
         &self.configs
+    }
+
+    /// Remembers that bytes were given back.
+    pub fn note_freed(&self, bytes: u64) {
+        self.freed_bytes.set(self.freed_bytes.get().saturating_add(bytes));
+    }
+
+    /// The bytes given back so far.
+    pub fn freed_bytes(&self) -> u64 {
+        self.freed_bytes.get()
+    }
+
+    /// What old files take that are kept for an undo. Only for figures: 0 if that cannot be found out.
+    pub fn held_bytes(&self, stores: &Stores) -> u64 {
+        trash_bytes(stores).unwrap_or_default()
     }
 
     /// This process, where it changes those stores.

@@ -5,17 +5,20 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use humantime::format_duration;
 use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
+use super::operations::short;
 use super::output::{ErrorBody, human, time};
-use super::{members, records_file, values};
+use super::{members, metrics, records_file, values};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
+use crate::change::{Guard, Site};
 use crate::failure::{Failure, with_causes};
 use crate::ops::OpError;
-use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, Request, Terms};
+use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, Request, Terms, TreePlan};
 use crate::ops::recover::begin;
 use crate::store::scan::Scan;
 use crate::store::{Stores, names};
@@ -66,6 +69,15 @@ pub struct Args {
     /// Do not ask
     #[arg(long)]
     yes: bool,
+    #[command(flatten)]
+    pub metrics: metrics::Args,
+}
+
+impl Args {
+    /// Whether the stores are to be changed.
+    pub fn changes(&self) -> bool {
+        !self.dry_run && !self.rehearse
+    }
 }
 
 /// How to move data.
@@ -84,6 +96,8 @@ enum Mode {
 /// What `--json` shows.
 #[derive(Serialize)]
 struct Document<'a> {
+    /// All was done but the decision: nothing has changed.
+    rehearsed: bool,
     plan: Vec<PlanEntry<'a>>,
     refused: Vec<Refused<'a>>,
     results: Vec<ResultEntry<'a>>,
@@ -99,6 +113,8 @@ struct PlanEntry<'a> {
     bytes_to_clone: u64,
     bytes_to_free: u64,
     bytes_needed: u64,
+    /// Whether it can be undone once it is done.
+    undoable: bool,
 }
 
 /// A tree that nothing happens to.
@@ -150,7 +166,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let site = context.site(&stores);
     site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
     // What was interrupted comes first: it may be about the same members.
-    let guard = if args.dry_run { None } else { Some(begin(&site, context.witness())?) };
+    let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
     let scan = context.scan(&stores, args.now)?;
     let leaving = leaving(&site, &scan).map_err(OpError::from)?;
     let request = Request {
@@ -166,19 +182,21 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     };
     context.progress().phase("planning", 0);
     let plan = delete::plan(&stores, &scan, &request)?;
-    let shown = Shown { stores: &stores, scan: &scan, plan: &plan };
+    let grace = args.grace.or(context.settings.safety.reader_grace.0);
+    let grace = grace.unwrap_or_else(|| default_grace(&plan));
+    let retention = args.retention.unwrap_or(context.settings.safety.retention.0);
+    let shown =
+        Shown { stores: &stores, scan: &scan, plan: &plan, grace, retention, rehearse: args.rehearse };
     let Some(guard) = guard else {
         context.print(&shown.document(&Report::default()), |out| shown.write_plan(out))?;
         return Ok(exit(plan.trees.iter().find_map(|tree| tree.refusal.as_ref())));
     };
     context.confirm(&shown.plan_text(), args.yes)?;
-    let grace = args.grace.or(context.settings.safety.reader_grace.0);
-    let grace = grace.unwrap_or_else(|| default_grace(&plan));
     let work = delete::Context {
         site: &site,
         terms: Terms {
             grace_ns: nanoseconds(grace),
-            retention_ns: nanoseconds(args.retention.unwrap_or(context.settings.safety.retention.0)),
+            retention_ns: nanoseconds(retention),
             rehearse: args.rehearse,
             witness: context.witness(),
         },
@@ -191,6 +209,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         cancel: &context.cancel,
     };
     let report = delete::run(&work, &guard)?;
+    context.note_freed(report.outcomes.iter().map(|outcome| outcome.bytes_freed_now).sum());
     context.print(&shown.document(&report), |out| {
         // Whoever was asked has seen it.
         if args.yes {
@@ -199,6 +218,14 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         shown.write_results(out, &report)
     })?;
     Ok(exit(report.first_failure()))
+}
+
+/// What every change begins with; what it frees counts as freed by this run.
+fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
+    let held = context.held_bytes(site.stores);
+    let guard = begin(site, context.witness())?;
+    context.note_freed(held.saturating_sub(context.held_bytes(site.stores)));
+    Ok(guard)
 }
 
 /// What `auto` means: readers on other hosts of a network mount cannot be seen.
@@ -229,6 +256,9 @@ struct Shown<'a> {
     stores: &'a Stores,
     scan: &'a Scan,
     plan: &'a Plan,
+    grace: Duration,
+    retention: Duration,
+    rehearse: bool,
 }
 
 impl Shown<'_> {
@@ -245,14 +275,24 @@ impl Shown<'_> {
             let error = ErrorBody::of(tree.refusal.as_ref()?);
             Some(Refused { members: self.names(&tree.targets), error })
         });
+        let trees = self.plan.trees.iter();
         Document {
-            plan: self.plan.entries().map(|entry| self.plan_entry(entry)).collect(),
+            rehearsed: self.rehearse,
+            plan: trees
+                .flat_map(|tree| tree.entries.iter().map(|entry| self.plan_entry(tree, entry)))
+                .collect(),
             refused: refused.collect(),
             results: report.outcomes.iter().map(|outcome| self.result_entry(outcome)).collect(),
         }
     }
 
-    fn plan_entry<'r>(&self, entry: &'r Entry) -> PlanEntry<'r> {
+    /// Whether what happens to a tree can be undone: as a whole, or not at all.
+    fn undoable(&self, tree: &TreePlan) -> bool {
+        let written_into = tree.entries.iter().any(|entry| entry.mode == delete::Mode::InPlace);
+        !written_into && !(self.retention + self.grace).is_zero()
+    }
+
+    fn plan_entry<'r>(&self, tree: &TreePlan, entry: &'r Entry) -> PlanEntry<'r> {
         PlanEntry {
             members: self.names(&entry.members),
             into: entry.into.map(|id| self.name(id)),
@@ -262,6 +302,7 @@ impl Shown<'_> {
             bytes_to_clone: entry.cost.clone_bytes,
             bytes_to_free: entry.bytes_to_free,
             bytes_needed: entry.bytes_needed,
+            undoable: self.undoable(tree),
         }
     }
 
@@ -296,38 +337,55 @@ impl Shown<'_> {
     }
 
     fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
-        for entry in self.plan.entries() {
-            let what = match entry.into {
-                Some(into) => format!("merge into {}:", self.name(into)),
-                None => "remove:".to_owned(),
-            };
-            writeln!(out, "{what}")?;
-            for member in &entry.members {
-                writeln!(out, "    {}", self.name(*member))?;
-            }
-            let mut line = format!("  by {} ({})", entry.mode.word(), entry.reason);
-            if entry.into.is_some() {
-                let (write, clone) = (human(entry.cost.written_bytes()), human(entry.cost.clone_bytes));
-                let _ = write!(line, ", writes {write}, shares {clone}");
-            }
-            writeln!(out, "{line}, frees {}", human(entry.bytes_to_free))?;
-        }
         for tree in &self.plan.trees {
-            if let Some(refusal) = &tree.refusal {
-                let why = with_causes(refusal);
-                writeln!(out, "not done: {why} [{}]", refusal.code())?;
+            for entry in &tree.entries {
+                self.write_entry(out, entry)?;
             }
+            match &tree.refusal {
+                Some(refusal) => writeln!(out, "not done: {} [{}]", with_causes(refusal), refusal.code())?,
+                None if !self.undoable(tree) => writeln!(out, "  this cannot be undone")?,
+                None => {}
+            }
+        }
+        if self.plan.trees.iter().any(|tree| tree.refusal.is_none() && self.undoable(tree)) {
+            let (kept, named) = (format_duration(self.grace + self.retention), format_duration(self.grace));
+            writeln!(out, "old files are kept, and it can be undone, for {kept}")?;
+            if !self.grace.is_zero() {
+                writeln!(out, "deleted members keep their names, for who reads them now, for {named}")?;
+            }
+        }
+        if self.rehearse {
+            writeln!(out, "this is a rehearsal: all is built and proved, and thrown away")?;
         }
         Ok(())
+    }
+
+    fn write_entry(&self, out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
+        let what = match entry.into {
+            Some(into) => format!("merge into {}:", self.name(into)),
+            None => "remove:".to_owned(),
+        };
+        writeln!(out, "{what}")?;
+        for member in &entry.members {
+            writeln!(out, "    {}", self.name(*member))?;
+        }
+        let mut line = format!("  by {} ({})", entry.mode.word(), entry.reason);
+        if entry.into.is_some() {
+            let (write, clone) = (human(entry.cost.written_bytes()), human(entry.cost.clone_bytes));
+            let _ = write!(line, ", writes {write}, shares {clone}");
+        }
+        writeln!(out, "{line}, frees {}", human(entry.bytes_to_free))
     }
 
     fn write_results(&self, out: &mut dyn Write, report: &Report) -> io::Result<()> {
         for outcome in &report.outcomes {
             let name = outcome.into.or(outcome.members.first().copied()).map(|id| self.name(id));
-            write!(out, "{}: {}", outcome.status.word(), name.unwrap_or_default())?;
+            let rehearsed = self.rehearse && outcome.error.is_none();
+            let word = if rehearsed { "rehearsed" } else { outcome.status.word() };
+            write!(out, "{word}: {}", name.unwrap_or_default())?;
             match &outcome.error {
-                Some(error) => writeln!(out, ": {} [{}]", with_causes(error), error.code())?,
-                None if outcome.into.is_some() => writeln!(
+                Some(error) => write!(out, ": {} [{}]", with_causes(error), error.code())?,
+                None if outcome.into.is_some() => write!(
                     out,
                     ": wrote {}, shared {}, freed {}, proved {} in {:.2} s",
                     human(outcome.bytes_written + outcome.metadata_bytes_written),
@@ -336,9 +394,33 @@ impl Shown<'_> {
                     human(outcome.planned_bytes + outcome.compared_bytes),
                     Duration::from_nanos(outcome.elapsed_ns).as_secs_f64()
                 )?,
-                None => writeln!(out, ": freed {}", human(outcome.bytes_freed_now))?,
+                None => write!(out, ": freed {}", human(outcome.bytes_freed_now))?,
+            }
+            match &outcome.note {
+                Some(note) if !rehearsed => writeln!(out, "; {note}")?,
+                _ => writeln!(out)?,
             }
         }
-        Ok(())
+        if self.rehearse {
+            writeln!(out, "it was a rehearsal: nothing was changed")?;
+        }
+        write_kept(out, report)
     }
+}
+
+/// What each operation keeps, and how it is undone. The outcomes of one stand together.
+fn write_kept(out: &mut dyn Write, report: &Report) -> io::Result<()> {
+    for outcomes in report.outcomes.chunk_by(|a, b| a.operation == b.operation) {
+        let held: u64 = outcomes.iter().map(|outcome| outcome.bytes_held_until_purge).sum();
+        let Some((outcome, until)) = outcomes.iter().find_map(|one| Some((one, one.undo_until_ns?))) else {
+            // Nothing, or what waits for the grace of a merge in place.
+            if held > 0 {
+                writeln!(out, "{} are freed by a later purge; this cannot be undone", human(held))?;
+            }
+            continue;
+        };
+        let (held, until, id) = (human(held), time(until), short(&outcome.operation));
+        writeln!(out, "{held} are kept until {until}; until then qchain undo {id} takes it back")?;
+    }
+    Ok(())
 }

@@ -16,16 +16,23 @@ mod delete;
 mod digest;
 mod error;
 mod explain;
+mod history;
 mod init;
 mod interrupt;
 mod list;
 mod lock_proof;
 mod map;
 mod members;
+mod metrics;
+mod metrics_file;
+mod operations;
 mod output;
+mod purge;
 mod records_file;
+mod recover;
 mod settings;
 mod stores;
+mod undo;
 mod values;
 mod verify;
 
@@ -95,6 +102,15 @@ enum Command {
     Verify(verify::Args),
     /// Delete members: merge each into its children, or remove a tip
     Delete(delete::Args),
+    /// Show what was deleted, until when it can be undone, what is kept for that
+    History(history::Args),
+    /// Take a delete back, whole
+    Undo(undo::Args),
+    /// End what is due: deleted members after their grace, old files after their retention
+    Purge(purge::Args),
+    /// Finish or take back what was interrupted; every changing command begins with it
+    #[command(after_help = recover::HELP)]
+    Recover(recover::Args),
     /// Say what a reason code means
     Explain(explain::Args),
     /// Look at the configuration
@@ -114,7 +130,21 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Map(args) => map::run(&context()?, args),
         Command::Digest(args) => digest::run(&context()?, args),
         Command::Verify(args) => verify::run(&context()?, args),
-        Command::Delete(args) => delete::run(&context()?, args),
+        Command::Delete(args) => {
+            metrics::run(context(), "delete", &args.metrics, args.changes(), |context| {
+                delete::run(context, args)
+            })
+        }
+        Command::History(_) => history::run(&context()?),
+        Command::Undo(args) => {
+            metrics::run(context(), "undo", &args.metrics, true, |context| undo::run(context, args))
+        }
+        Command::Purge(args) => {
+            metrics::run(context(), "purge", &args.metrics, true, |context| purge::run(context, args))
+        }
+        Command::Recover(args) => {
+            metrics::run(context(), "recover", &args.metrics, true, |context| recover::run(context, args))
+        }
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
         Command::HoldLock(args) => lock_proof::hold(args),

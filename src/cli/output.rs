@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::error::{CliError, Result};
 use crate::backend::Capabilities;
-use crate::failure::{Failure, with_causes};
+use crate::failure::{Code, Failure, Kind, with_causes};
 
 /// The version of all JSON documents.
 pub const SCHEMA: u32 = 1;
@@ -26,6 +26,18 @@ pub struct ErrorBody<'a> {
     code: &'static str,
     message: String,
     member: Option<&'a str>,
+}
+
+impl ErrorBody<'_> {
+    /// Of something that failed by the way, about no one member.
+    pub fn new(kind: Kind, code: Code, message: String) -> Self {
+        Self { kind: kind.word(), code: code.as_str(), message, member: None }
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        format!("{} [{}]", self.message, self.code)
+    }
 }
 
 impl<'a> ErrorBody<'a> {

@@ -1,0 +1,135 @@
+//! Operations as `history`, `undo`, `purge` and `recover` show them.
+
+use serde::Serialize;
+
+use super::output::{ErrorBody, time};
+use crate::change::Site;
+use crate::change::history::Done;
+use crate::change::record::Place;
+use crate::change::recover::Action;
+use crate::failure::{Code, Kind};
+use crate::store::scan::Finding;
+
+/// How much of an id is shown to people: enough to be unique, and taken by `undo`.
+const SHORT: usize = 12;
+
+/// One decided operation.
+#[derive(Serialize)]
+pub struct Row {
+    pub operation: String,
+    /// The first of the members.
+    pub member: Option<String>,
+    /// The members deleted, or brought back; lowest first.
+    pub members: Vec<String>,
+    /// The members that got new files, or their old ones again.
+    pub survivors: Vec<String>,
+    pub time: String,
+    /// Null if it cannot be undone, or not any more.
+    pub undo_until: Option<String>,
+    pub bytes_held: u64,
+    /// The operation that it took back.
+    pub undoes: Option<String>,
+    pub undone: bool,
+    /// Nothing of it is left to be done or kept.
+    pub ended: bool,
+    pub tree: String,
+    /// The store that has its records.
+    pub store: String,
+}
+
+impl Row {
+    /// Of an operation.
+    pub fn of(site: &Site<'_>, done: &Done) -> Self {
+        let members = names(site, &done.members);
+        Self {
+            operation: done.operation.to_string(),
+            member: members.first().cloned(),
+            members,
+            survivors: names(site, &done.survivors),
+            time: time(done.time_ns),
+            undo_until: done.undo_until.map(time),
+            bytes_held: done.held_bytes,
+            undoes: done.undoes.as_ref().map(ToString::to_string),
+            undone: done.undone,
+            ended: done.ended,
+            tree: done.tree.to_string(),
+            store: store(site, done.home),
+        }
+    }
+
+    /// What it did, in a word.
+    pub fn verb(&self) -> &'static str {
+        if self.undoes.is_some() { "undo" } else { "delete" }
+    }
+}
+
+/// The id of a store of the call.
+pub fn store(site: &Site<'_>, index: usize) -> String {
+    site.stores.get(index).map_or_else(|_| String::new(), |store| store.id().to_string())
+}
+
+/// Members as they can be written on the command line; those of a store that is not at hand by its own id.
+pub fn names(site: &Site<'_>, places: &[Place]) -> Vec<String> {
+    let name = |place: &Place| match site.key(place) {
+        Ok(key) => site.stores.display(&key),
+        Err(_) => format!("{}:{}", place.store, place.path),
+    };
+    places.iter().map(name).collect()
+}
+
+/// The first of several members, and how many more there are.
+pub fn several(members: &[String]) -> String {
+    match members {
+        [] => "-".to_owned(),
+        [one] => one.clone(),
+        [first, rest @ ..] => format!("{first} and {} more", rest.len()),
+    }
+}
+
+/// The beginning of an id.
+pub fn short(operation: &str) -> &str {
+    operation.get(..SHORT).unwrap_or(operation)
+}
+
+/// Why something did not come to its end; `None` if it did, or only waits for its time.
+pub fn failure(action: &Action) -> Option<(Kind, ErrorBody<'static>)> {
+    let (kind, code, message) = match action {
+        Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => return None,
+        Action::Busy => (Kind::Busy, Code::StoreBusy, "somebody else is at work on it".to_owned()),
+        Action::Frozen(reason) => (Kind::Refused, Code::Frozen, reason.clone()),
+        Action::Stuck(findings) => {
+            let first = findings.first();
+            let message = first.map_or_else(String::new, |one| format!("{}: {}", one.member, one.message));
+            (Kind::Refused, first.map_or(Code::TrashChanged, |one| one.code), message)
+        }
+        Action::Failed { kind, code, message } => (*kind, *code, message.clone()),
+    };
+    Some((kind, ErrorBody::new(kind, code, message)))
+}
+
+/// Until when it waits.
+pub fn until(action: &Action) -> Option<String> {
+    match action {
+        Action::Grace(ns) | Action::Retention(ns) => Some(time(*ns)),
+        _ => None,
+    }
+}
+
+/// What became of it, for people.
+pub fn said(action: &Action) -> String {
+    match action {
+        Action::TakenBack => "was never decided; taken back".to_owned(),
+        Action::Finished => "finished; nothing of it is kept".to_owned(),
+        Action::Grace(ns) => format!("deleted members keep their names for readers until {}", time(*ns)),
+        Action::Retention(ns) => format!("old files are kept until {}", time(*ns)),
+        Action::Busy | Action::Frozen(_) | Action::Stuck(_) | Action::Failed { .. } => {
+            let failed = failure(action).map(|(_, error)| error.text()).unwrap_or_default();
+            format!("{}: {failed}", action.word())
+        }
+    }
+}
+
+/// What somebody should look at.
+pub fn findings(action: &Action) -> &[Finding] {
+    if let Action::Stuck(findings) = action { findings } else { &[] }
+}
