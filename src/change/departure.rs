@@ -57,19 +57,21 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
         let undone = !departures.is_empty() && decided.is_undone()?;
         for (second, departure) in departures.iter().enumerate().filter(|_| !undone) {
             let at = site.at(&departure.at)?;
+            let published =
+                departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
+            let ready = published && now >= decided.grace_until();
             let waiting = match stat(&at, &departure.at.path)? {
-                None => None,
+                None if !ready || !leaves_checkpoint(&at, departure)? => None,
+                None => {
+                    due.push(Due { decided, departure, at, place: (first, second) });
+                    continue;
+                }
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
                     "another file has its name now; it was left alone",
                 )),
-                Some(_)
-                    if departure
-                        .after
-                        .iter()
-                        .any(|index| published.get(*index) != Some(&Published::Done)) =>
-                {
+                Some(_) if !published => {
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
                 }
                 Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
@@ -107,6 +109,12 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
     }
     sync(site, operations, &due)?;
     Ok(outcomes)
+}
+
+/// Whether a member's name went, but its checkpoint file's not yet.
+fn leaves_checkpoint(at: &At<'_>, departure: &Departure) -> Result<bool> {
+    let Some(file) = &departure.checkpoint else { return Ok(false) };
+    Ok(stat(at, &file.path)?.is_some_and(|found| file.mark.inode == found.id.inode))
 }
 
 fn set(outcomes: &mut [Vec<Departed>], place: (usize, usize), outcome: Departed) {
