@@ -4,6 +4,7 @@
 
 mod cli_read;
 mod conformance;
+mod crash_kill;
 mod delete_cli;
 mod delete_deep;
 mod delete_faults;

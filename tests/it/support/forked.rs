@@ -44,9 +44,14 @@ impl Forked {
         Self { command, test: test.to_owned() }
     }
 
+    /// Runs it to its end, whatever that is.
+    pub fn end(&mut self) -> Output {
+        self.command.output().unwrap_or_else(|error| panic!("{:?}: {error}", self.command))
+    }
+
     /// Runs it; it must succeed, and must have been there to run.
     pub fn run(mut self) -> Output {
-        let output = self.command.output().unwrap_or_else(|error| panic!("{:?}: {error}", self.command));
+        let output = self.end();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success() && text.contains("1 passed"), "{}: {text}{errors}", self.test);

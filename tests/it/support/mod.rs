@@ -2,9 +2,11 @@
 
 pub mod builder;
 pub mod chains;
+pub mod crash;
 pub mod digest;
 pub mod forked;
 pub mod images;
+pub mod killing;
 pub mod merging;
 pub mod mounts;
 pub mod onto;

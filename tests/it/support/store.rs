@@ -77,6 +77,17 @@ pub fn delete_on(stores: &Stores, members: &[&str], mode: ModeChoice, terms: Ter
 
 /// The same by a given instance.
 pub fn delete_at(site: &Site<'_>, members: &[&str], mode: ModeChoice, terms: Terms) -> Result<Report> {
+    delete_by(site, members, mode, terms, 2)
+}
+
+/// The same with so many threads; one makes its calls in the same order each time.
+pub fn delete_by(
+    site: &Site<'_>,
+    members: &[&str],
+    mode: ModeChoice,
+    terms: Terms,
+    jobs: usize,
+) -> Result<Report> {
     let stores = site.stores;
     let guard = begin(site, terms.witness)?;
     let scan = scan(stores);
@@ -91,7 +102,7 @@ pub fn delete_at(site: &Site<'_>, members: &[&str], mode: ModeChoice, terms: Ter
         stores,
         scan: &scan,
         plan: &plan,
-        jobs: 2,
+        jobs,
         force: false,
         terms,
         progress: &Silent,

@@ -1,0 +1,377 @@
+//! SIGKILL at every call that changes a store: of a deletion, of the recovery after it, of an undo.
+//!
+//! The points are the mutating calls of a clean run; each is met by a process of its own, which really dies.
+//! The bounded form takes all points of some cases and steps through the others by the seed; `QCHAIN_FULL`
+//! takes all of all.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qchain::backend::faulty::Faulty;
+use qchain::backend::posix::PosixStore;
+use qchain::change::recover::{Action, Recovered};
+use qchain::change::witness::Witness;
+use qchain::change::{Clock, Site, SystemClock};
+use qchain::ops::delete::{ModeChoice, Terms};
+use qchain::ops::recover::{purge, recover};
+use qchain::progress::Cancel;
+use tempfile::TempDir;
+
+use super::support::crash::{
+    Chain, Files, Judge, Row, Shape, Table, difference, full, left_inside, outside, seed, word,
+};
+use super::support::killing::{Death, LONG, Order, Verb, act, mutations, obey};
+use super::support::mounts::{FsKind, LoopMount};
+use super::support::store::{open, open_with};
+
+/// How far free space may be from what it was, in bytes: directories and journals grow.
+const NOISE: u64 = 192 << 10;
+
+/// Also what the killed processes are made of.
+#[test]
+fn a_process_kills_itself() {
+    if obey() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let chain = Chain::make(Shape::Tip, 1);
+    let room = Room::new(folder.path().to_owned(), FsKind::Ext4);
+    chain.put(&room.root);
+    let order = room.order(&chain, Verb::Delete, ModeChoice::Auto);
+    assert_eq!(order.dying(Death::Before(0)).run().unwrap().len(), 1);
+    assert!(order.run().unwrap().len() > 10);
+    assert!(order.dying(Death::Before(10_000)).run().is_err(), "it did not die");
+}
+
+/// Where points are tried.
+struct Room {
+    root: PathBuf,
+    fs: FsKind,
+    judge: Judge,
+    /// For what is not on the file system that is looked at.
+    aside: TempDir,
+}
+
+impl Room {
+    fn new(directory: PathBuf, fs: FsKind) -> Self {
+        Self { root: directory.join("s"), fs, judge: Judge::default(), aside: tempfile::tempdir().unwrap() }
+    }
+
+    fn order(&self, chain: &Chain, verb: Verb, mode: ModeChoice) -> Order {
+        Order {
+            root: self.root.clone(),
+            verb,
+            members: chain.deleted.clone(),
+            mode: word(mode).to_owned(),
+            grace_ns: 0,
+            retention_ns: 0,
+            death: Death::Never,
+            trace: self.aside.path().join("trace"),
+        }
+    }
+
+    fn row(&self, verb: &str, chain: &Chain, mode: ModeChoice) -> Row {
+        let (fs, shape) = (format!("{:?}", self.fs).to_lowercase(), format!("{:?}", chain.shape).to_lowercase());
+        Row { verb: verb.to_owned(), mode: word(mode), fs, shape, ..Row::default() }
+    }
+
+    /// The bytes free, once all is written out.
+    fn free(&self) -> u64 {
+        rustix::fs::syncfs(File::open(&self.root).unwrap()).unwrap();
+        let space = rustix::fs::statvfs(&self.root).unwrap();
+        space.f_bfree * space.f_frsize
+    }
+
+    /// The same, once it is as much as that: file systems free the blocks of deleted files in the background.
+    fn freed(&self, wanted: u64) -> u64 {
+        let mut free = self.free();
+        for _ in 0..100 {
+            if free + NOISE >= wanted {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            free = self.free();
+        }
+        free
+    }
+
+    fn recover(&self) -> Vec<Recovered> {
+        let (stores, cancel) = (open(&self.root), Cancel::default());
+        let site = Site::new(&stores, &SystemClock, &cancel, LONG);
+        recover(&site, &Witness::None).unwrap()
+    }
+}
+
+/// The two states between which there is nothing.
+struct States {
+    old: (Files, u64),
+    new: (Files, u64),
+}
+
+impl States {
+    /// Which of the two it is, or what is left over of which.
+    fn tell(&self, room: &Room, row: &mut Row) {
+        let now = outside(&room.root);
+        let (name, (files, free)) =
+            if now == self.old.0 { ("not-done", &self.old) } else { ("done", &self.new) };
+        name.clone_into(&mut row.end);
+        if now != *files {
+            let (to_old, to_new) = (difference(&now, &self.old.0), difference(&now, &self.new.0));
+            row.after.push(format!("neither: differs from the old state in {to_old:?}, from the new in {to_new:?}"));
+        }
+        row.leaks.extend(left_inside(&room.root));
+        let is = room.freed(*free);
+        if is + NOISE < *free {
+            row.leaks.push(format!("{is} bytes are free, not {free}"));
+        }
+    }
+}
+
+fn ended(recovered: &[Recovered], row: &mut Row) {
+    for one in recovered {
+        if !matches!(one.action, Action::TakenBack | Action::Finished) || !one.kept.is_empty() {
+            row.after.push(format!("recovery: {:?} {:?}", one.action, one.kept));
+        }
+    }
+}
+
+/// The deaths of a run of so many calls: before each, and after the last.
+fn deaths(calls: usize) -> impl Iterator<Item = Death> {
+    let calls = calls as u64;
+    (0..calls).map(Death::Before).chain([Death::After(calls - 1)])
+}
+
+fn call_of(death: Death) -> u64 {
+    match death {
+        Death::Never => 0,
+        Death::Before(at) => at,
+        Death::After(at) => at + 1,
+    }
+}
+
+/// A clean run: its calls, and the states before and after.
+fn clean(room: &Room, chain: &Chain, order: &Order) -> (Vec<String>, States) {
+    chain.put(&room.root);
+    let old = (outside(&room.root), room.free());
+    let calls = order.run().unwrap();
+    let new = (outside(&room.root), room.free());
+    assert!(left_inside(&room.root).is_empty(), "{:?}", left_inside(&room.root));
+    let wrong = chain.wrong(&room.judge, &room.root, true);
+    assert!(wrong.is_empty() && difference(&old.0, &new.0).len() >= chain.deleted.len(), "{wrong:?}");
+    (calls, States { old, new })
+}
+
+/// Kills a deletion at its calls: all of them, or each `step`-th from one that the seed says.
+fn kill_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: &mut Table) {
+    let order = room.order(chain, Verb::Delete, mode);
+    let (calls, states) = clean(room, chain, &order);
+    let mut met = BTreeSet::new();
+    let first = usize::try_from(seed()).unwrap() % step;
+    for death in deaths(calls.len()).skip(first).step_by(step) {
+        let mut row = room.row("delete", chain, mode);
+        row.number = call_of(death);
+        chain.put(&room.root);
+        let trace = order.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
+        assert_eq!(trace[..], calls[..trace.len()], "{row:?}: not the calls of the clean run");
+        row.call = trace.last().cloned().unwrap();
+        met.insert(trace.len() - 1);
+        row.before = chain.wrong(&room.judge, &room.root, false);
+        ended(&room.recover(), &mut row);
+        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        states.tell(room, &mut row);
+        table.rows.push(row);
+    }
+    assert!(step > 1 || met.len() == calls.len(), "calls that were no point: {calls:?}");
+}
+
+/// Kills the recovery of deletions that were killed. Of those from which recovery takes the same course one
+/// is enough.
+fn kill_recoveries(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: &mut Table) {
+    let order = room.order(chain, Verb::Delete, mode);
+    let (calls, states) = clean(room, chain, &order);
+    let recovery = Order { verb: Verb::Recover, ..order.clone() };
+    let mut courses = BTreeSet::new();
+    let mut points = 0;
+    for death in deaths(calls.len()) {
+        chain.put(&room.root);
+        order.dying(death).run().unwrap();
+        let faulty = Faulty::new(Arc::new(PosixStore::open(&room.root).unwrap()));
+        let stores = open_with(&room.root, Arc::new(faulty.clone()));
+        act(&stores, Verb::Recover, &[], mode, Terms::default()).unwrap();
+        let course = mutations(&faulty.trace());
+        if course.is_empty() || !courses.insert(course.clone()) {
+            continue;
+        }
+        for second in deaths(course.len()) {
+            points += 1;
+            if (points + usize::try_from(seed()).unwrap()) % step != 0 {
+                continue;
+            }
+            let mut row = room.row(&format!("recover-{}", call_of(death)), chain, mode);
+            row.number = call_of(second);
+            chain.put(&room.root);
+            order.dying(death).run().unwrap();
+            let trace =
+                recovery.dying(second).run().unwrap_or_else(|error| panic!("{row:?}: {course:#?} {error}"));
+            assert_eq!(trace[..], course[..trace.len()], "{row:?}: not the calls of the clean run");
+            row.call = trace.last().cloned().unwrap();
+            row.before = chain.wrong(&room.judge, &room.root, false);
+            ended(&room.recover(), &mut row);
+            row.after.extend(chain.wrong(&room.judge, &room.root, true));
+            states.tell(room, &mut row);
+            table.rows.push(row);
+        }
+    }
+    assert!(courses.len() > 3, "{courses:?}");
+}
+
+/// One day, in nanoseconds.
+const DAY: i64 = 86_400_000_000_000;
+
+/// Kills an undo at its calls. What was not undone is as the deletion left it.
+fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: &mut Table) {
+    let mut order = room.order(chain, Verb::Delete, mode);
+    let (_, states) = clean(room, chain, &order);
+    order.retention_ns = DAY;
+    let order = order;
+    let undo = Order { verb: Verb::Undo, ..order.clone() };
+    chain.put(&room.root);
+    order.run().unwrap();
+    let calls = undo.run().unwrap();
+    let first = usize::try_from(seed()).unwrap() % step;
+    for death in deaths(calls.len()).skip(first).step_by(step) {
+        let mut row = room.row("undo", chain, mode);
+        row.number = call_of(death);
+        chain.put(&room.root);
+        order.run().unwrap();
+        let trace = undo.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
+        assert_eq!(trace[..], calls[..trace.len()], "{row:?}: not the calls of the clean run");
+        row.call = trace.last().cloned().unwrap();
+        row.before = chain.wrong(&room.judge, &room.root, false);
+        let (stores, cancel) = (open(&room.root), Cancel::default());
+        let site = Site::new(&stores, &SystemClock, &cancel, LONG);
+        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        // What was undone ends after its undo, which comes after it.
+        purge(&site, true, &Witness::None).unwrap();
+        ended(&room.recover(), &mut row);
+        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        states.tell(room, &mut row);
+        table.rows.push(row);
+    }
+}
+
+/// The machine's clock, moved on.
+struct Later(i64);
+
+impl Clock for Later {
+    fn wall_ns(&self) -> i64 {
+        SystemClock.wall_ns() + self.0
+    }
+
+    fn elapsed(&self) -> Duration {
+        SystemClock.elapsed()
+    }
+
+    fn sleep(&self, duration: Duration) {
+        SystemClock.sleep(duration);
+    }
+}
+
+/// Kills a deletion with grace and retention, and lets the time pass after it.
+fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: &mut Table) {
+    let (_, states) = clean(room, chain, &room.order(chain, Verb::Delete, mode));
+    let order = Order { grace_ns: DAY, retention_ns: DAY, ..room.order(chain, Verb::Delete, mode) };
+    chain.put(&room.root);
+    let calls = order.run().unwrap();
+    let first = usize::try_from(seed()).unwrap() % step;
+    for death in deaths(calls.len()).skip(first).step_by(step) {
+        let mut row = room.row("delete-grace", chain, mode);
+        row.number = call_of(death);
+        chain.put(&room.root);
+        let trace = order.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
+        row.call = trace.last().cloned().unwrap();
+        row.before = chain.wrong(&room.judge, &room.root, false);
+        let (stores, cancel) = (open(&room.root), Cancel::default());
+        for (days, name_stays) in [(0, true), (1, false), (2, false)] {
+            let clock = Later(days * DAY);
+            let site = Site::new(&stores, &clock, &cancel, LONG);
+            let recovered = recover(&site, &Witness::None).unwrap();
+            row.after.extend(chain.wrong(&room.judge, &room.root, true));
+            let waits = recovered.iter().any(|one| matches!(one.action, Action::Grace(_) | Action::Retention(_)));
+            let names = chain.deleted.iter().filter(|name| room.root.join(name).exists()).count();
+            if waits && (names > 0) != name_stays || waits && days == 2 {
+                row.after.push(format!("after {days} days: {names} names, {recovered:?}"));
+            }
+        }
+        states.tell(room, &mut row);
+        table.rows.push(row);
+    }
+}
+
+/// All shapes and modes of one file system.
+fn matrix(fs: FsKind) {
+    let mount = LoopMount::new(fs, 512 << 20);
+    let room = Room::new(mount.path(), fs);
+    let mut table = Table::new(&format!("crash-kill-{fs:?}").to_lowercase());
+    // Of each file system one case is always complete.
+    let complete = match fs {
+        FsKind::Xfs => (Shape::Cloudstack, ModeChoice::Clone),
+        FsKind::Btrfs => (Shape::Fork, ModeChoice::Clone),
+        FsKind::Ext4 => (Shape::Middle, ModeChoice::InPlace),
+    };
+    for shape in Shape::ALL {
+        let chain = Chain::make(shape, seed());
+        for mode in shape.modes(fs) {
+            let step = if full() || (shape, mode) == complete { 1 } else { 23 };
+            kill_deletes(&room, &chain, mode, step, &mut table);
+        }
+    }
+    table.finish();
+}
+
+#[test]
+fn a_delete_is_killed_on_xfs() {
+    matrix(FsKind::Xfs);
+}
+
+#[test]
+fn a_delete_is_killed_on_btrfs() {
+    matrix(FsKind::Btrfs);
+}
+
+#[test]
+fn a_delete_is_killed_on_ext4() {
+    matrix(FsKind::Ext4);
+}
+
+/// Recovery, undo, and deletions whose files stay for a while.
+fn sequels(fs: FsKind, modes: &[ModeChoice], shapes: &[Shape]) {
+    let mount = LoopMount::new(fs, 512 << 20);
+    let room = Room::new(mount.path(), fs);
+    let mut table = Table::new(&format!("crash-sequels-{fs:?}").to_lowercase());
+    for shape in shapes {
+        let chain = Chain::make(*shape, seed());
+        for mode in modes {
+            kill_recoveries(&room, &chain, *mode, if full() { 1 } else { 29 }, &mut table);
+            kill_slow_deletes(&room, &chain, *mode, if full() { 1 } else { 13 }, &mut table);
+            if *mode != ModeChoice::InPlace {
+                kill_undos(&room, &chain, *mode, if full() { 1 } else { 7 }, &mut table);
+            }
+        }
+    }
+    table.finish();
+}
+
+#[test]
+fn recovery_and_undo_are_killed() {
+    let shapes: &[Shape] = &[Shape::Cloudstack, Shape::Fork];
+    let shapes = if full() { shapes } else { &shapes[..1] };
+    sequels(FsKind::Xfs, &[ModeChoice::Clone, ModeChoice::Copy], shapes);
+    sequels(FsKind::Ext4, &[ModeChoice::InPlace], &shapes[..1]);
+    if full() {
+        sequels(FsKind::Btrfs, &[ModeChoice::Clone], shapes);
+    }
+}

@@ -1,0 +1,381 @@
+//! Chains to be hurt: their shapes, how they are put on a store, and what must be true of them at any moment.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use qchain::ops::delete::ModeChoice;
+use qchain::store::record::StoreKind;
+use tempfile::TempDir;
+
+use super::chains::{Kind, Numbers};
+use super::mounts::FsKind;
+use super::qemu::{io, must, run, text};
+use super::store::init;
+
+/// The virtual size of all members, in bytes.
+const SIZE: u64 = 1 << 20;
+
+/// Which members there are, and which are deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One member between others.
+    Middle,
+    /// Three neighbours into one survivor.
+    Several,
+    /// Two members apart, each into its own child.
+    Apart,
+    /// A member with two children.
+    Fork,
+    /// The newest member.
+    Tip,
+    /// The oldest one.
+    Base,
+    /// As `Middle`, in CloudStack's layout, with checkpoint files.
+    Cloudstack,
+}
+
+const FORK: &[(&str, &str)] = &[("base", ""), ("a", "base"), ("b", "a"), ("c", "a")];
+const CHAIN: &[(&str, &str)] = &[("base", ""), ("a", "base"), ("b", "a"), ("c", "b"), ("d", "c")];
+
+impl Shape {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Middle,
+        Self::Several,
+        Self::Apart,
+        Self::Fork,
+        Self::Tip,
+        Self::Base,
+        Self::Cloudstack,
+    ];
+
+    /// The members, lowest first, each with its parent.
+    fn members(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Middle | Self::Cloudstack => &CHAIN[..4],
+            Self::Several | Self::Apart => CHAIN,
+            Self::Fork => FORK,
+            Self::Tip | Self::Base => &CHAIN[..3],
+        }
+    }
+
+    fn deleted(self) -> &'static [&'static str] {
+        match self {
+            Self::Middle | Self::Fork | Self::Cloudstack => &["a"],
+            Self::Several => &["a", "b", "c"],
+            Self::Apart => &["a", "c"],
+            Self::Tip => &["b"],
+            Self::Base => &["base"],
+        }
+    }
+
+    /// The modes that can delete this shape there. Where no bytes move the mode makes no difference: then it
+    /// is `Auto` alone.
+    pub fn modes(self, fs: FsKind) -> Vec<ModeChoice> {
+        if self == Self::Tip {
+            return vec![ModeChoice::Auto];
+        }
+        let mut modes = vec![ModeChoice::Copy];
+        if fs != FsKind::Ext4 {
+            modes.push(ModeChoice::Clone);
+        }
+        if self != Self::Fork {
+            modes.push(ModeChoice::InPlace);
+        }
+        modes
+    }
+
+    /// What the store is.
+    pub fn store_kind(self) -> StoreKind {
+        if self == Self::Cloudstack { StoreKind::Cloudstack } else { StoreKind::Plain }
+    }
+
+    /// A member's path on its store.
+    fn path(self, name: &str) -> String {
+        match self {
+            Self::Cloudstack => format!("snapshots/2/7/{}", uuid(name)),
+            _ => name.to_owned(),
+        }
+    }
+}
+
+/// The mode's word in tables.
+pub fn word(mode: ModeChoice) -> &'static str {
+    match mode {
+        ModeChoice::Auto => "remove",
+        ModeChoice::Clone => "clone",
+        ModeChoice::InPlace => "in-place",
+        ModeChoice::Copy => "copy",
+    }
+}
+
+fn uuid(name: &str) -> String {
+    let number = CHAIN.iter().position(|(other, _)| *other == name).unwrap();
+    format!("6f9619ff-8b86-4d01-b42d-00cf4fc9640{number}")
+}
+
+/// A checkpoint file as libvirt writes it.
+fn checkpoint(name: &str, parent: Option<&str>) -> Vec<u8> {
+    let parent = parent.map(|parent| format!("  <parent>\n    <name>{parent}</name>\n  </parent>\n"));
+    format!(
+        "<domaincheckpoint>\n  <name>{name}</name>\n{}  <creationTime>1700000000</creationTime>\n  <disks>\n    \
+         <disk name='vda' checkpoint='bitmap' bitmap='{name}'/>\n  </disks>\n</domaincheckpoint>\n",
+        parent.unwrap_or_default()
+    )
+    .into_bytes()
+}
+
+/// The files of a store, without qchain's own.
+pub type Files = BTreeMap<String, Vec<u8>>;
+
+/// A chain of QEMU's making, kept in memory to be put on a store again and again.
+pub struct Chain {
+    /// Which.
+    pub shape: Shape,
+    /// All files.
+    pub files: Files,
+    /// The members that stay.
+    pub survivors: Vec<String>,
+    /// The members to be deleted.
+    pub deleted: Vec<String>,
+    truths: TempDir,
+}
+
+impl Chain {
+    /// Makes one; the same seed gives the same content.
+    pub fn make(shape: Shape, seed: u64) -> Self {
+        let (made, truths) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut numbers = Numbers(seed);
+        let kind = Kind { compressed: shape == Shape::Fork, ..Kind::PLAIN };
+        let mut chain =
+            Self { shape, files: Files::new(), survivors: Vec::new(), deleted: Vec::new(), truths };
+        for (name, parent) in shape.members() {
+            let spec = kind.member(SIZE, 7, &mut numbers);
+            let path = made.path().join(shape.path(name));
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let below = if parent.is_empty() { String::new() } else { shape.path(parent) };
+            let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", &spec.options];
+            if !parent.is_empty() {
+                arguments.extend(["-b", below.rsplit('/').next().unwrap(), "-F", "qcow2"]);
+            }
+            let size = SIZE.to_string();
+            arguments.extend([text(&path), &size]);
+            must("qemu-img", &arguments);
+            io(&path, &spec.commands.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+        for (name, parent) in shape.members() {
+            let member = shape.path(name);
+            let path = made.path().join(&member);
+            let truth = chain.truth(&member);
+            must("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&path), text(&truth)]);
+            chain.files.insert(member.clone(), fs::read(&path).unwrap());
+            if shape == Shape::Cloudstack {
+                let parent = (!parent.is_empty()).then(|| uuid(parent));
+                let file = checkpoint(&uuid(name), parent.as_deref());
+                chain.files.insert(member.replace("snapshots/", "checkpoints/"), file);
+            }
+            let gone = shape.deleted().contains(name);
+            if gone { &mut chain.deleted } else { &mut chain.survivors }.push(member);
+        }
+        chain
+    }
+
+    /// Where a member's view lies, as raw bytes.
+    pub fn truth(&self, member: &str) -> PathBuf {
+        self.truths.path().join(member.replace('/', "_"))
+    }
+
+    /// Puts it on a store that has nothing else, and opts that in. Nothing is shared with another file.
+    pub fn put(&self, root: &Path) {
+        let _ = fs::remove_dir_all(root);
+        for (name, bytes) in &self.files {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        init(root, self.shape.store_kind());
+    }
+
+    /// What is wrong with members that stay: views that are not what they were, images that QEMU finds faults
+    /// in. `leaks` says whether leaked clusters are a fault.
+    pub fn wrong(&self, judge: &Judge, root: &Path, leaks: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for name in &self.survivors {
+            wrong.extend(judge.view(&root.join(name), &self.truth(name)));
+        }
+        for name in self.survivors.iter().chain(&self.deleted).filter(|name| root.join(name).exists()) {
+            wrong.extend(judge.sound(&root.join(name), leaks));
+        }
+        wrong
+    }
+}
+
+/// QEMU's verdicts. What it says depends on nothing but the bytes of the files, so it is asked once for each
+/// set of them.
+#[derive(Default)]
+pub struct Judge {
+    views: Mutex<HashMap<blake3::Hash, Option<String>>>,
+    checks: Mutex<HashMap<blake3::Hash, (i32, String)>>,
+}
+
+impl Judge {
+    /// What is wrong with a member's view.
+    pub fn view(&self, member: &Path, truth: &Path) -> Option<String> {
+        let mut key = blake3::Hasher::new();
+        key.update(text(truth).as_bytes());
+        let mut next = Some(member.to_owned());
+        let mut depth = 0;
+        while let Some(path) = next {
+            let bytes = fs::read(&path).unwrap_or_default();
+            key.update(text(path.file_name().unwrap().as_ref()).as_bytes());
+            key.update(blake3::hash(&bytes).as_bytes());
+            next = backing(&bytes).map(|name| path.parent().unwrap().join(name));
+            depth += 1;
+            assert!(depth < 20, "a loop");
+        }
+        let mut views = self.views.lock().unwrap();
+        views.entry(key.finalize()).or_insert_with(|| compare(member, truth)).clone()
+    }
+
+    /// What `qemu-img check` finds in one file.
+    pub fn sound(&self, member: &Path, leaks: bool) -> Option<String> {
+        let key = blake3::hash(&fs::read(member).unwrap_or_default());
+        let mut checks = self.checks.lock().unwrap();
+        let (code, said) = checks.entry(key).or_insert_with(|| {
+            let output = run("qemu-img", &["check", "-f", "qcow2", text(member)]);
+            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+            (output.status.code().unwrap_or(-1), said.concat())
+        });
+        // 3: leaked clusters and nothing else.
+        let sound = *code == 0 || (*code == 3 && !leaks);
+        (!sound).then(|| format!("check of {}: {code}: {said}", member.display()))
+    }
+}
+
+fn compare(member: &Path, truth: &Path) -> Option<String> {
+    let output = run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(member), text(truth)]);
+    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+    let same = output.status.success() && !said.contains("mismatch");
+    (!same).then(|| format!("view of {}: {said}", member.display()))
+}
+
+/// The backing name in an image's header.
+pub fn backing(image: &[u8]) -> Option<String> {
+    let number = |at: usize, length: usize| {
+        let bytes = image.get(at..at + length)?;
+        Some(bytes.iter().fold(0_usize, |number, byte| number << 8 | usize::from(*byte)))
+    };
+    let (at, length) = (number(8, 8)?, number(16, 4)?);
+    let name = image.get(at..at + length).filter(|_| at > 0)?;
+    Some(String::from_utf8_lossy(name).into_owned())
+}
+
+/// All files below a directory but those in `.qchain`, and all directories, which end in `/`.
+pub fn outside(root: &Path) -> Files {
+    let mut found = Files::new();
+    let mut pending = vec![root.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let name = text(path.strip_prefix(root).unwrap()).to_owned();
+            if name == ".qchain" {
+                continue;
+            }
+            if path.is_dir() {
+                found.insert(name + "/", Vec::new());
+                pending.push(path);
+            } else {
+                found.insert(name, fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// What lies in `.qchain` that an operation must not leave there.
+pub fn left_inside(root: &Path) -> Vec<String> {
+    let stays = ["generations/", "locks/", "manifests/", "store.json"];
+    let own = root.join(".qchain");
+    let names = super::store::files(&own);
+    let names = names.iter().map(|path| text(path).to_owned());
+    names.filter(|name| !stays.iter().any(|kept| name.starts_with(kept))).collect()
+}
+
+/// The names by which two states differ.
+pub fn difference(a: &Files, b: &Files) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    names.into_iter().filter(|name| a.get(*name) != b.get(*name)).cloned().collect()
+}
+
+/// Whether the full matrices are asked for.
+pub fn full() -> bool {
+    std::env::var_os("QCHAIN_FULL").is_some()
+}
+
+/// The seed: of the content, and of which points a bounded matrix takes.
+pub fn seed() -> u64 {
+    std::env::var("QCHAIN_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, Default)]
+pub struct Row {
+    /// What was done, and cut off.
+    pub verb: String,
+    /// How data moves.
+    pub mode: &'static str,
+    /// The file system.
+    pub fs: String,
+    /// The chain.
+    pub shape: String,
+    /// The number of the call.
+    pub number: u64,
+    /// The call.
+    pub call: String,
+    /// What the end was.
+    pub end: String,
+    /// What was wrong before recovery.
+    pub before: Vec<String>,
+    /// What was wrong after it.
+    pub after: Vec<String>,
+    /// What was left over.
+    pub leaks: Vec<String>,
+}
+
+/// All lines; fails at its end if one is wrong.
+pub struct Table {
+    name: String,
+    /// The lines.
+    pub rows: Vec<Row>,
+}
+
+impl Table {
+    /// An empty one.
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), rows: Vec::new() }
+    }
+
+    /// Writes it below `target/tmp`, where `scripts/crash-matrix` finds it, and fails if a point is wrong.
+    pub fn finish(self) {
+        let mut lines = vec!["verb\tmode\tfs\tshape\tnumber\tcall\tend\tbefore\tafter\tleaks".to_owned()];
+        let flat = |wrong: &[String]| wrong.join("; ").replace(['\n', '\t'], " ");
+        let mut bad = Vec::new();
+        for row in &self.rows {
+            let Row { verb, mode, fs, shape, number, call, end, .. } = row;
+            let [before, after, leaks] = [&row.before, &row.after, &row.leaks].map(|wrong| flat(wrong));
+            let line = format!(
+                "{verb}\t{mode}\t{fs}\t{shape}\t{number}\t{call}\t{end}\t{before}\t{after}\t{leaks}"
+            );
+            if !before.is_empty() || !after.is_empty() || !leaks.is_empty() {
+                bad.push(line.clone());
+            }
+            lines.push(line);
+        }
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.tsv", self.name));
+        fs::write(&path, lines.join("\n") + "\n").unwrap();
+        eprintln!("{}: {} points, {} wrong", self.name, self.rows.len(), bad.len());
+        assert!(!self.rows.is_empty() && bad.is_empty(), "{}\n{}", bad.len(), bad.join("\n"));
+    }
+}
