@@ -1,9 +1,10 @@
-//! Time, as far as changing a share depends on it: so that a simulation can hold it in its hands.
+//! Time and chance, as far as changing a share depends on them: so that a simulation can hold them in its
+//! hands.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Tells the time and waits.
+/// Tells the time, waits, and makes up numbers.
 pub trait Clock: Send + Sync {
     /// Nanoseconds since 1970. May jump; only grace and retention are measured with it.
     fn wall_ns(&self) -> i64;
@@ -13,6 +14,11 @@ pub trait Clock: Send + Sync {
 
     /// Waits.
     fn sleep(&self, duration: Duration);
+
+    /// A random number that nobody else has: ids and nonces are made of these.
+    fn unique(&self) -> u128 {
+        uuid::Uuid::new_v4().as_u128()
+    }
 
     /// Whether leases are renewed by a thread of their own. Where time stands still between calls it is
     /// enough that they are renewed between steps.

@@ -101,7 +101,7 @@ impl Lease {
             path,
             host: site.owner.host.clone(),
             process: site.owner.process.clone(),
-            nonce: uuid::Uuid::new_v4().simple().to_string(),
+            nonce: format!("{:032x}", site.clock.unique()),
             counter: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             _local: local,

@@ -43,7 +43,7 @@ impl<'s> Operation<'s> {
     ///
     /// An intent may be left, which recovery takes back.
     pub fn begin(site: &'s Site<'s>, root: &Key, members: Vec<Place>) -> Result<Self> {
-        let tree = tree::identify(site.stores.get(root.store)?.backend(), &root.path)?;
+        let tree = tree::identify(site, root)?;
         Self::begin_in(site, root.store, tree, members)
     }
 
@@ -70,7 +70,7 @@ impl<'s> Operation<'s> {
         let open = journal.intents()?.into_iter().filter(|intent| intent.tree == tree);
         let used = journal.generations(&tree)?.last().copied().unwrap_or(0);
         let generation = open.map(|intent| intent.generation).max().unwrap_or(0).max(used) + 1;
-        let name = IntentName { tree: tree.clone(), generation, operation: OperationId::random() };
+        let name = IntentName { tree: tree.clone(), generation, operation: OperationId::of(site.clock.unique()) };
         let intent = Intent {
             schema: SCHEMA,
             tree,
@@ -184,7 +184,7 @@ impl<'s> Operation<'s> {
     /// Nothing is decided, or all of it.
     pub fn decide(mut self, commit: Commit, roots: &[Key]) -> Result<Decided<'s>> {
         for root in roots {
-            tree::belong(self.site.stores.get(root.store)?.backend(), &root.path, self.tree())?;
+            tree::belong(self.site, root, self.tree())?;
         }
         let mut directories: Vec<(usize, StorePath)> = Vec::new();
         for publication in &commit.publications {
@@ -261,7 +261,7 @@ fn new_claim(site: &Site<'_>, name: &IntentName, decision: Decision) -> Claim {
         tree: name.tree.clone(),
         generation: name.generation,
         operation: name.operation.clone(),
-        nonce: uuid::Uuid::new_v4().simple().to_string(),
+        nonce: format!("{:032x}", site.clock.unique()),
         decided_ns: site.clock.wall_ns(),
         decision,
     }

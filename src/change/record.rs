@@ -31,7 +31,13 @@ macro_rules! random_id {
             /// A new one.
             #[must_use]
             pub fn random() -> Self {
-                Self(uuid::Uuid::new_v4().simple().to_string())
+                Self::of(uuid::Uuid::new_v4().as_u128())
+            }
+
+            /// The one made of a random number.
+            #[must_use]
+            pub fn of(number: u128) -> Self {
+                Self(format!("{number:032x}"))
             }
 
             /// Reads one: 32 lower-case hex digits.

@@ -12,10 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::publish::offer;
 use crate::backend::{Backend, BackendError};
-use crate::chain::graph::{Graph, NodeId};
+use crate::chain::graph::{Graph, Key, NodeId};
 use crate::change::error::{ChangeError, Result};
 use crate::change::places;
-use crate::change::record::{SCHEMA, TreeId, encode};
+use crate::change::record::{OperationId, SCHEMA, TreeId, encode};
+use crate::change::site::Site;
 use crate::ids::StorePath;
 use crate::store::facts::read_whole;
 
@@ -53,22 +54,23 @@ pub fn find(backend: &Arc<dyn Backend>, root: &StorePath) -> Result<Option<TreeI
 }
 
 /// The id of the tree with that root, made if it has none yet.
-pub fn identify(backend: &Arc<dyn Backend>, root: &StorePath) -> Result<TreeId> {
-    match find(backend, root)? {
+pub fn identify(site: &Site<'_>, root: &Key) -> Result<TreeId> {
+    match find(site.stores.get(root.store)?.backend(), &root.path)? {
         Some(tree) => Ok(tree),
-        None => belong(backend, root, &TreeId::random()),
+        None => belong(site, root, &TreeId::of(site.clock.unique())),
     }
 }
 
 /// Says that a member is in a tree, unless it is known to be in one; gives the tree it is in.
-pub fn belong(backend: &Arc<dyn Backend>, member: &StorePath, tree: &TreeId) -> Result<TreeId> {
+pub fn belong(site: &Site<'_>, member: &Key, tree: &TreeId) -> Result<TreeId> {
+    let (backend, member) = (site.stores.get(member.store)?.backend(), &member.path);
     let path = places::manifest(member);
     let manifest = Manifest { schema: SCHEMA, member: member.clone(), tree: tree.clone() };
     if backend.stat(&path.parent()).is_err() {
         places::make(backend.as_ref(), &path.parent()).map_err(|source| failed("make", &path, source))?;
     }
     for _ in 0..2 {
-        let temporary = places::temporary(&super::record::OperationId::random(), "manifest");
+        let temporary = places::temporary(&OperationId::of(site.clock.unique()), "manifest");
         match offer(backend.as_ref(), &temporary, &path, &encode(&manifest)) {
             Ok(()) => return Ok(tree.clone()),
             Err(BackendError::AlreadyExists { .. }) => {}

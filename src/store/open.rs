@@ -111,9 +111,21 @@ fn read_record(backend: &dyn Backend) -> Result<Option<StoreRecord>> {
     StoreRecord::decode(&bytes).map(Some).map_err(|detail| StoreError::BadRecord { store, detail })
 }
 
+/// How many files are read at once by a scan, at most.
+const READERS: usize = 64;
+
 /// All stores of a call, in the order they were configured.
-#[derive(Clone, Debug, Default)]
-pub struct Stores(Vec<Store>);
+#[derive(Clone, Debug)]
+pub struct Stores {
+    stores: Vec<Store>,
+    readers: usize,
+}
+
+impl Default for Stores {
+    fn default() -> Self {
+        Self { stores: Vec::new(), readers: READERS }
+    }
+}
 
 impl Stores {
     /// Takes opened stores; two with one id are a usage error.
@@ -125,38 +137,50 @@ impl Stores {
                 return Err(StoreError::Usage { detail });
             }
         }
-        Ok(Self(stores))
+        Ok(Self { stores, readers: READERS })
+    }
+
+    /// The same stores, of which at most so many files are read at once: with one, calls come in one order.
+    #[must_use]
+    pub fn with_readers(self, readers: usize) -> Self {
+        Self { readers: readers.max(1), ..self }
+    }
+
+    /// How many files may be read at once.
+    #[must_use]
+    pub fn readers(&self) -> usize {
+        self.readers
     }
 
     /// Each with its index.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Store)> {
-        self.0.iter().enumerate()
+        self.stores.iter().enumerate()
     }
 
     /// One by its index.
     pub fn get(&self, index: usize) -> Result<&Store> {
-        self.0.get(index).ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
+        self.stores.get(index).ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
     }
 
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.stores.len()
     }
 
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.stores.is_empty()
     }
 
     /// Whether a change may be planned: each store opted in, none newer, the whole zone present.
     pub fn check_writable(&self) -> Result<()> {
         let mut present = std::collections::BTreeSet::new();
-        for store in &self.0 {
+        for store in &self.stores {
             present.insert(store.writable_record()?.id.clone());
         }
-        for store in &self.0 {
+        for store in &self.stores {
             for member in store.record.iter().flat_map(|record| &record.zone) {
                 if !present.contains(&member.id) {
                     let (name, id) = (member.name.clone(), member.id.clone());
@@ -170,8 +194,8 @@ impl Stores {
     /// `STORE:install/path`, or the bare path where there is one store only: how a member is written.
     #[must_use]
     pub fn display(&self, key: &crate::chain::graph::Key) -> String {
-        match self.0.get(key.store) {
-            Some(store) if self.0.len() > 1 => format!("{}:{}", store.id(), key.path),
+        match self.stores.get(key.store) {
+            Some(store) if self.stores.len() > 1 => format!("{}:{}", store.id(), key.path),
             _ => key.path.as_str().to_owned(),
         }
     }

@@ -27,9 +27,6 @@ use crate::store::{Store, Stores};
 /// backup job writes all the time. Nanoseconds; one day.
 const LOCKS_OF_OLD_FILES_NS: i128 = 86_400_000_000_000;
 
-/// How many files are read at once, at most.
-const READERS: usize = 64;
-
 /// Something worth telling about a member or a name on a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -166,7 +163,7 @@ impl Scan {
             member
         };
         // Reading small files is waiting, for disks or for a server: many at once, whatever the cores.
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(found.len().clamp(1, READERS)).build();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(found.len().clamp(1, stores.readers())).build();
         let pool = pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })?;
         let read: Vec<Option<(Member, Vec<Finding>)>> =
             pool.install(|| found.into_par_iter().with_max_len(4).map(look).collect::<Result<_>>())?;

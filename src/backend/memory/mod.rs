@@ -72,7 +72,14 @@ impl MemoryStore {
     pub fn new() -> Self {
         static STORES: AtomicU64 = AtomicU64::new(0);
         // Each store numbers its inodes from a start of its own: files of two stores never look the same.
-        let first = STORES.fetch_add(1, Ordering::Relaxed).wrapping_mul(1 << 32).wrapping_add(2);
+        Self::numbered(STORES.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// As [`MemoryStore::new`], with the inode numbers of that store: the same each time. Two stores of one
+    /// number have files that look the same.
+    #[must_use]
+    pub fn numbered(number: u64) -> Self {
+        let first = number.wrapping_mul(1 << 32).wrapping_add(2);
         let shared = Shared {
             names: Mutex::new(Names::new(first - 1)),
             flocks: Mutex::default(),
