@@ -70,7 +70,8 @@ impl<'s> Operation<'s> {
         let open = journal.intents()?.into_iter().filter(|intent| intent.tree == tree);
         let used = journal.generations(&tree)?.last().copied().unwrap_or(0);
         let generation = open.map(|intent| intent.generation).max().unwrap_or(0).max(used) + 1;
-        let name = IntentName { tree: tree.clone(), generation, operation: OperationId::of(site.clock.unique()) };
+        let name =
+            IntentName { tree: tree.clone(), generation, operation: OperationId::of(site.clock.unique()) };
         let intent = Intent {
             schema: SCHEMA,
             tree,

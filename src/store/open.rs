@@ -159,7 +159,9 @@ impl Stores {
 
     /// One by its index.
     pub fn get(&self, index: usize) -> Result<&Store> {
-        self.stores.get(index).ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
+        self.stores
+            .get(index)
+            .ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
     }
 
     /// How many there are.

@@ -74,7 +74,8 @@ impl Room {
     }
 
     fn row(&self, verb: &str, chain: &Chain, mode: ModeChoice) -> Row {
-        let (fs, shape) = (format!("{:?}", self.fs).to_lowercase(), format!("{:?}", chain.shape).to_lowercase());
+        let (fs, shape) =
+            (format!("{:?}", self.fs).to_lowercase(), format!("{:?}", chain.shape).to_lowercase());
         Row { verb: verb.to_owned(), mode: word(mode), fs, shape, ..Row::default() }
     }
 
@@ -101,7 +102,7 @@ impl Room {
     fn recover(&self) -> Vec<Recovered> {
         let (stores, cancel) = (open(&self.root), Cancel::default());
         let site = Site::new(&stores, &SystemClock, &cancel, LONG);
-        recover(&site, &Witness::None).unwrap()
+        recover(&site, Witness::None).unwrap()
     }
 }
 
@@ -120,7 +121,9 @@ impl States {
         name.clone_into(&mut row.end);
         if now != *files {
             let (to_old, to_new) = (difference(&now, &self.old.0), difference(&now, &self.new.0));
-            row.after.push(format!("neither: differs from the old state in {to_old:?}, from the new in {to_new:?}"));
+            row.after.push(format!(
+                "neither: differs from the old state in {to_old:?}, from the new in {to_new:?}"
+            ));
         }
         row.leaks.extend(left_inside(&room.root));
         let is = room.freed(*free);
@@ -255,7 +258,7 @@ fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: 
         let site = Site::new(&stores, &SystemClock, &cancel, LONG);
         row.after.extend(chain.wrong(&room.judge, &room.root, true));
         // What was undone ends after its undo, which comes after it.
-        purge(&site, true, &Witness::None).unwrap();
+        purge(&site, true, Witness::None).unwrap();
         ended(&room.recover(), &mut row);
         row.after.extend(chain.wrong(&room.judge, &room.root, true));
         states.tell(room, &mut row);
@@ -298,9 +301,10 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
         for (days, name_stays) in [(0, true), (1, false), (2, false)] {
             let clock = Later(days * DAY);
             let site = Site::new(&stores, &clock, &cancel, LONG);
-            let recovered = recover(&site, &Witness::None).unwrap();
+            let recovered = recover(&site, Witness::None).unwrap();
             row.after.extend(chain.wrong(&room.judge, &room.root, true));
-            let waits = recovered.iter().any(|one| matches!(one.action, Action::Grace(_) | Action::Retention(_)));
+            let waits =
+                recovered.iter().any(|one| matches!(one.action, Action::Grace(_) | Action::Retention(_)));
             let names = chain.deleted.iter().filter(|name| room.root.join(name).exists()).count();
             if waits && (names > 0) != name_stays || waits && days == 2 {
                 row.after.push(format!("after {days} days: {names} names, {recovered:?}"));

@@ -41,15 +41,8 @@ const CHAIN: &[(&str, &str)] = &[("base", ""), ("a", "base"), ("b", "a"), ("c", 
 
 impl Shape {
     /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Middle,
-        Self::Several,
-        Self::Apart,
-        Self::Fork,
-        Self::Tip,
-        Self::Base,
-        Self::Cloudstack,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Middle, Self::Several, Self::Apart, Self::Fork, Self::Tip, Self::Base, Self::Cloudstack];
 
     /// The members, lowest first, each with its parent.
     fn members(self) -> &'static [(&'static str, &'static str)] {
@@ -256,7 +249,8 @@ impl Judge {
 
 fn compare(member: &Path, truth: &Path) -> Option<String> {
     let output = run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(member), text(truth)]);
-    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+    let said =
+        [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
     let same = output.status.success() && !said.contains("mismatch");
     (!same).then(|| format!("view of {}: {said}", member.display()))
 }
@@ -365,9 +359,8 @@ impl Table {
         for row in &self.rows {
             let Row { verb, mode, fs, shape, number, call, end, .. } = row;
             let [before, after, leaks] = [&row.before, &row.after, &row.leaks].map(|wrong| flat(wrong));
-            let line = format!(
-                "{verb}\t{mode}\t{fs}\t{shape}\t{number}\t{call}\t{end}\t{before}\t{after}\t{leaks}"
-            );
+            let line =
+                format!("{verb}\t{mode}\t{fs}\t{shape}\t{number}\t{call}\t{end}\t{before}\t{after}\t{leaks}");
             if !before.is_empty() || !after.is_empty() || !leaks.is_empty() {
                 bad.push(line.clone());
             }

@@ -80,7 +80,7 @@ pub fn act(stores: &Stores, verb: Verb, members: &[String], mode: ModeChoice, te
             let report: Report = delete_by(&site, &members, mode, terms, 1)?;
             report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(()), Err)
         }
-        Verb::Recover => recover(&site, &Witness::None).map(drop),
+        Verb::Recover => recover(&site, Witness::None).map(drop),
         Verb::Undo => {
             let done = history(&site)?;
             let last = done.last().map(|done| done.operation.to_string()).unwrap_or_default();
