@@ -26,11 +26,11 @@ pub enum OpError {
     #[error(transparent)]
     Change(Box<ChangeError>),
     /// Understood and not done.
-    #[error("{member}: {message}")]
+    #[error("{}{message}", lead(member))]
     Refused {
         /// The reason; decides the kind.
         code: Code,
-        /// The member, as it can be written.
+        /// The member, as it can be written; empty if it is about none.
         member: String,
         /// Why, in a sentence.
         message: String,
@@ -54,6 +54,11 @@ impl From<ChangeError> for OpError {
     fn from(error: ChangeError) -> Self {
         Self::Change(Box::new(error))
     }
+}
+
+/// How a message about a member begins.
+fn lead(member: &str) -> String {
+    if member.is_empty() { String::new() } else { format!("{member}: ") }
 }
 
 impl Failure for OpError {
@@ -87,7 +92,7 @@ impl Failure for OpError {
             Self::Image(error) => error.member(),
             Self::Delete(error) => error.member(),
             Self::Change(error) => error.member(),
-            Self::Refused { member, .. } => Some(member),
+            Self::Refused { member, .. } => Some(member.as_str()).filter(|member| !member.is_empty()),
             Self::NoSpace { .. } | Self::Cancelled(_) => None,
         }
     }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers outside of #[test] functions fail a test by panicking, too")]
 
+mod change_cli;
 mod cli_read;
 mod conformance;
 mod crash_kill;
