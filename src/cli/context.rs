@@ -17,7 +17,6 @@ use crate::change::witness::Witness;
 use crate::change::{Site, SystemClock};
 use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
-use crate::ops::recover::trash_bytes;
 use crate::progress::{Cancel, Progress};
 use crate::store::scan::{Scan, ScanOptions};
 use crate::store::{StoreConfig, Stores};
@@ -72,11 +71,6 @@ impl Context {
     /// The bytes given back so far.
     pub fn freed_bytes(&self) -> u64 {
         self.freed_bytes.get()
-    }
-
-    /// What old files take that are kept for an undo. Only for figures: 0 if that cannot be found out.
-    pub fn held_bytes(&self, stores: &Stores) -> u64 {
-        trash_bytes(stores).unwrap_or_default()
     }
 
     /// This process, where it changes those stores.

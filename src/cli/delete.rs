@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::operations::short;
+use super::operations::{held_bytes, short};
 use super::output::{ErrorBody, human, time};
 use super::{members, metrics, records_file, values};
 use crate::chain::graph::NodeId;
@@ -222,9 +222,9 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 
 /// What every change begins with; what it frees counts as freed by this run.
 fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
-    let held = context.held_bytes(site.stores);
+    let held = held_bytes(site);
     let guard = begin(site, context.witness())?;
-    context.note_freed(held.saturating_sub(context.held_bytes(site.stores)));
+    context.note_freed(held.saturating_sub(held_bytes(site)));
     Ok(guard)
 }
 

@@ -8,6 +8,7 @@ use crate::change::history::Done;
 use crate::change::record::Place;
 use crate::change::recover::Action;
 use crate::failure::{Code, Kind};
+use crate::ops::recover::trash_bytes;
 use crate::store::scan::Finding;
 
 /// How much of an id is shown to people: enough to be unique, and taken by `undo`.
@@ -61,6 +62,11 @@ impl Row {
     pub fn verb(&self) -> &'static str {
         if self.undoes.is_some() { "undo" } else { "delete" }
     }
+}
+
+/// What old files take that are kept for an undo. Only for figures: 0 if that cannot be found out.
+pub fn held_bytes(site: &Site<'_>) -> u64 {
+    trash_bytes(site.stores).unwrap_or_default()
 }
 
 /// The id of a store of the call.

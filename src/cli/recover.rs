@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::context::Context;
 use super::error::{Exit, Result};
 use super::metrics;
-use super::operations::{self, failure, names, said, several, short, until};
+use super::operations::{self, failure, held_bytes, names, said, several, short, until};
 use super::output::{self, ErrorBody};
 use crate::change::Site;
 use crate::change::recover::Recovered;
@@ -73,9 +73,9 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     stores.check_writable()?;
     let site = context.site(&stores);
     let thawed = args.thaw.as_deref().map(|text| thaw(&site, text)).transpose()?;
-    let held = context.held_bytes(&stores);
+    let held = held_bytes(&site);
     let all = recover(&site, context.witness())?;
-    context.note_freed(held.saturating_sub(context.held_bytes(&stores)));
+    context.note_freed(held.saturating_sub(held_bytes(&site)));
     let document = Document {
         recovered: all.iter().map(|one| Entry::of(&site, one)).collect(),
         findings: all.iter().flat_map(|one| operations::findings(&one.action)).collect(),

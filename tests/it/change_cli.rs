@@ -71,8 +71,11 @@ impl World {
     }
 }
 
-/// All that is to be as it was: bytes, inode, owner, mode, time of change, attributes.
-fn whole(directory: &Path) -> BTreeMap<PathBuf, (Vec<u8>, [u64; 4], i64, i64, String)> {
+/// Bytes; inode, owner, group, mode; seconds and nanoseconds of the last change; attributes and ACL.
+type Whole = (Vec<u8>, [u64; 4], i64, i64, String);
+
+/// All of the files in a directory that is to be as it was.
+fn whole(directory: &Path) -> BTreeMap<PathBuf, Whole> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
@@ -464,10 +467,10 @@ fn samples(text: &str) -> BTreeMap<String, u64> {
             assert!(
                 help.ends_with('.') && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
             );
-            helped = name.to_owned();
+            name.clone_into(&mut helped);
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             assert_eq!(rest, format!("{helped} gauge"));
-            family = helped.clone();
+            family.clone_from(&helped);
         } else {
             let (name, value) = line.rsplit_once(' ').unwrap();
             let labels = name.strip_prefix(&family).unwrap_or_else(|| panic!("{line} stands in {family}"));
