@@ -58,7 +58,8 @@ class Bench:
         mode = "clone" if self.options.fs != "ext4" else "copy"
         commands = {
             "qchain": [
-                [self.options.qchain, "--store", self.store, "delete", self.members[1], "--assume-deleted", "--yes", "--mode", mode, "--grace", "0s", "--retention", "0s", "--json"]
+                [self.options.qchain, "--store", self.store, "delete", self.members[1], "--assume-deleted", "--yes", "--mode", mode, "--json"]
+                + ["--grace", "0s", "--retention", "0s"]
             ],
             "rebase": [["qemu-img", "rebase", "-f", "qcow2", "-F", "qcow2", "-b", os.path.basename(base), survivor], ["rm", deleted]],
             "commit": [["qemu-img", "commit", "-q", "-d", "-f", "qcow2", survivor], ["mv", deleted, survivor]],

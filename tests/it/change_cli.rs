@@ -258,6 +258,27 @@ fn a_deleted_member_keeps_its_name_for_the_grace() {
 }
 
 #[test]
+fn a_deleted_member_that_got_a_reader_stays() {
+    let world = World::changeable();
+    world.deletes("b", &["--grace", "1s"]);
+    world.make("e", "b", &["write -P 7 0 64k"]);
+    let digests = world.digests(&["b", "c", "d", "e"]);
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    let document = world.does(&["recover"]);
+    let kept = document["recovered"][0]["kept"][0].as_str().unwrap();
+    assert!(kept.contains("snapshots/2/7/b") && kept.contains("snapshots/2/7/e"), "{kept}");
+    assert_eq!(world.digests(&["b", "c", "d", "e"]), digests);
+    let finding = &world.does(&["list", "b"])["findings"][0];
+    assert_eq!((&finding["code"], &finding["member"]), (&json!("kept"), &json!("snapshots/2/7/b")));
+    // It is a member like any other, and can be deleted anew.
+    world.deletes("b", &["--grace", "0s"]);
+    assert!(!world.member("b").exists());
+    assert_eq!(world.digests(&["c", "d", "e"]), digests[1..]);
+    world.does(&["purge", "--all", "--yes"]);
+    assert_eq!((world.names_in("trash"), world.names_in("intents")), Default::default());
+}
+
+#[test]
 fn recover_takes_back_what_a_dead_instance_left() {
     let world = World::changeable();
     assert_eq!(
