@@ -22,5 +22,6 @@ mod merge_qemu;
 mod merge_tamper;
 mod qcow2_check;
 mod qcow2_read;
+mod simulation;
 mod support;
 mod tidy;

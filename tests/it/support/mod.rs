@@ -13,6 +13,7 @@ pub mod onto;
 pub mod open;
 pub mod qemu;
 pub mod reader;
+pub mod sim;
 pub mod store;
 pub mod world;
 pub mod writer;

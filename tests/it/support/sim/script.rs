@@ -1,0 +1,269 @@
+//! What an instance does: deletes, undos, purges, one after the other, each as a process of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use qchain::backend::Backend;
+use qchain::change::leaving::leaving;
+use qchain::change::recover::{Action as Became, Recovered};
+use qchain::change::witness::Witness;
+use qchain::change::{Clock, Owner, Site};
+use qchain::cloudstack::backing::Style;
+use qchain::ids::StoreId;
+use qchain::ops::delete::{Context, ModeChoice, Request, Status, Terms, plan, run};
+use qchain::ops::recover::{begin, history, purge, recover, undo};
+use qchain::ops::{OpError, Result};
+use qchain::progress::{Cancel, Silent};
+use qchain::store::scan::{Scan, ScanOptions};
+use qchain::store::{Store, StoreConfig, Stores, names};
+
+use super::backend::Shared;
+use super::truth::{Foreign, Presence};
+use super::world::{Life, Phase, World};
+
+/// One thing to do.
+#[derive(Clone, Debug)]
+pub enum Action {
+    Delete { targets: Vec<String>, mode: ModeChoice, grace_ns: i64, retention_ns: i64 },
+    /// The last that can be.
+    Undo,
+    Recover,
+    Purge { all: bool },
+}
+
+/// The virtual clock of one life.
+struct SimClock {
+    world: Arc<World>,
+    life: Life,
+}
+
+impl Clock for SimClock {
+    fn wall_ns(&self) -> i64 {
+        self.world.began_ns + i64::try_from(self.world.state().now).unwrap()
+    }
+
+    fn elapsed(&self) -> Duration {
+        Duration::from_nanos(self.world.state().now)
+    }
+
+    fn sleep(&self, duration: Duration) {
+        self.world.sleep(self.life, duration);
+    }
+
+    fn unique(&self) -> u128 {
+        self.world.unique()
+    }
+
+    fn renews(&self) -> bool {
+        false
+    }
+}
+
+/// What an action gave.
+#[derive(Debug, Default)]
+pub struct Gave {
+    /// Members whose deletion is reported done.
+    done: Vec<String>,
+    /// Members that came back.
+    back: Vec<String>,
+    pub recovered: Vec<Recovered>,
+}
+
+/// Does one action in a life of its own; tells the truth what is to be expected of it.
+pub fn act(world: &Arc<World>, slot: usize, action: &Action) -> Option<Gave> {
+    let life = world.live(slot);
+    let action = expect(world, slot, action);
+    let gave = attempt(world, life, &action);
+    let alive = world.is_alive(life);
+    let mut state = world.state();
+    state.slots[slot].phase = Phase::Idle;
+    let told = match &gave {
+        Ok(gave) => format!("done {:?}, back {:?}, {:?}", gave.done, gave.back, became(&gave.recovered)),
+        Err(error) => qchain::failure::with_causes(error),
+    };
+    state.note(|| format!("{slot} ENDS {action:?}: {told}"));
+    let gave = gave.ok().filter(|_| alive);
+    let nothing = Gave::default();
+    conclude(&mut state, &action, gave.as_ref().unwrap_or(&nothing));
+    if gave.as_ref().is_some_and(|gave| !gave.done.is_empty() || !gave.back.is_empty()) {
+        let done = state.truth.check_claims(&world.memory);
+        state.judge(done);
+        state.truth.claims_last();
+    }
+    let done = state.truth.check(&world.memory, super::truth::When::Instant);
+    state.judge(done);
+    gave
+}
+
+fn became(recovered: &[Recovered]) -> Vec<&'static str> {
+    recovered.iter().map(|one| one.action.word()).collect()
+}
+
+/// What the action may change from now on.
+fn expect(world: &World, slot: usize, action: &Action) -> Action {
+    let mut state = world.state();
+    let disturbed = state.disturbed;
+    let action = match action {
+        // Whoever deletes what others have changed since does as he is told.
+        Action::Delete { .. } | Action::Undo if disturbed => Action::Recover,
+        action => action.clone(),
+    };
+    state.note(|| format!("{slot} BEGINS {action:?}"));
+    state.slots[slot].phase = Phase::Begun;
+    match &action {
+        Action::Delete { targets, mode, .. } => {
+            for name in targets {
+                if let Some(member) = state.truth.members.get_mut(name) {
+                    member.open += 1;
+                    member.presence = Presence::Either;
+                    // By clones is what it chooses itself here.
+                    member.in_place |= matches!(mode, ModeChoice::InPlace | ModeChoice::Auto);
+                }
+            }
+        }
+        Action::Undo => {
+            state.truth.undos += 1;
+            for member in state.truth.members.values_mut().filter(|one| one.presence == Presence::Gone) {
+                member.presence = Presence::Either;
+            }
+        }
+        Action::Recover | Action::Purge { .. } => {}
+    }
+    action
+}
+
+/// What the action has changed for sure.
+fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave) {
+    let undos = state.truth.undos;
+    let mut grace = 0;
+    if let Action::Delete { targets, grace_ns, .. } = action {
+        grace = *grace_ns;
+        for name in targets {
+            if let Some(member) = state.truth.members.get_mut(name) {
+                member.open -= 1;
+            }
+        }
+    }
+    if let Action::Undo = action {
+        state.truth.undos -= 1;
+    }
+    let foreign = |member: &super::truth::Member| member.foreign.is_some();
+    for name in gave.done.iter().filter(|_| grace == 0 && undos == 0) {
+        if let Some(member) = state.truth.members.get_mut(name).filter(|member| !foreign(member)) {
+            member.presence = Presence::Gone;
+        }
+    }
+    for name in &gave.back {
+        let member = state.truth.members.get_mut(name);
+        if let Some(member) = member.filter(|member| member.open == 0 && !foreign(member)) {
+            member.presence = Presence::Must;
+        }
+    }
+}
+
+fn stores(world: &Arc<World>, life: Life) -> Result<Stores> {
+    let config = StoreConfig {
+        id: StoreId::parse("test").unwrap(),
+        root: "/nowhere".to_owned(),
+        url: None,
+        aliases: Vec::new(),
+        backing: Style::Relative,
+    };
+    let backend: Arc<dyn Backend> = Arc::new(Shared::new(world, life));
+    Ok(Stores::new(vec![Store::open(config, backend)?])?.with_readers(1))
+}
+
+fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {
+    let stores = stores(world, life)?;
+    let clock = SimClock { world: Arc::clone(world), life };
+    let cancel = Cancel::default();
+    let (lease, one_host) = {
+        let state = world.state();
+        (Duration::from_nanos(state.options.lease), state.options.one_host)
+    };
+    let mut site = Site::new(&stores, &clock, &cancel, lease);
+    let host = if one_host { "host".to_owned() } else { format!("host{}", life.slot) };
+    site.owner = Owner { host, process: format!("{:03}-{:03}", life.slot, life.number) };
+    let name = |place: &qchain::change::record::Place| place.path.file_name().to_owned();
+    let mut gave = Gave::default();
+    match action {
+        Action::Delete { targets, mode, grace_ns, retention_ns } => {
+            let terms = Terms {
+                grace_ns: *grace_ns,
+                retention_ns: *retention_ns,
+                rehearse: false,
+                witness: Witness::None,
+            };
+            gave.done = delete(world, life, &site, targets, *mode, terms)?;
+        }
+        Action::Undo => {
+            let last = history(&site)?.into_iter().rev().find(|done| done.undo_until.is_some());
+            if let Some(last) = last {
+                let (done, _) = undo(&site, last.operation.as_str(), Witness::None)?;
+                gave.back = done.members.iter().map(name).collect();
+            }
+        }
+        Action::Recover => gave.recovered = recover(&site, &Witness::None)?,
+        Action::Purge { all } => gave.recovered = purge(&site, *all, &Witness::None)?,
+    }
+    Ok(gave)
+}
+
+/// As `qchain delete` does it.
+fn delete(
+    world: &World,
+    life: Life,
+    site: &Site<'_>,
+    targets: &[String],
+    mode: ModeChoice,
+    terms: Terms,
+) -> Result<Vec<String>> {
+    let stores = site.stores;
+    let guard = begin(site, terms.witness.clone())?;
+    let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
+    let scan = Scan::run(stores, &options)?;
+    let asked: Vec<String> =
+        targets.iter().map(|name| world.state().truth.layout.member(name).to_string()).collect();
+    let targets = names::resolve_all(stores, &scan, &asked).map_err(OpError::from)?;
+    let leaving = leaving(site, &scan)?;
+    {
+        let mut state = world.state();
+        if state.is_alive(life) {
+            state.slots[life.slot].phase = Phase::Planned;
+        }
+    }
+    let request =
+        Request { targets, mode, assume_deleted: true, end_of_chain: true, leaving, ..Request::default() };
+    let plan = plan(stores, &scan, &request)?;
+    let context = Context {
+        site,
+        stores,
+        scan: &scan,
+        plan: &plan,
+        jobs: 1,
+        force: false,
+        terms,
+        progress: &Silent,
+        cancel: site.cancel,
+    };
+    let report = run(&context, &guard)?;
+    let good = report.outcomes.iter().filter(|one| one.status == Status::Done && one.error.is_none());
+    let members = good.flat_map(|outcome| &outcome.members);
+    Ok(members.map(|id| scan.graph.node(*id).key.path.file_name().to_owned()).collect())
+}
+
+/// What stands against the end of an operation although nobody else had a hand in it.
+pub fn unended(gave: &Gave, end: bool) -> Option<String> {
+    gave.recovered.iter().find_map(|one| match &one.action {
+        Became::TakenBack | Became::Finished => None,
+        Became::Grace(_) | Became::Retention(_) if !end => None,
+        action => Some(format!("{}: {action:?}", one.name.operation)),
+    })
+}
+
+/// Whether others had a hand in it.
+pub fn is_disturbed(world: &World) -> bool {
+    let state = world.state();
+    let foreign = |member: &super::truth::Member| matches!(member.foreign, Some(Foreign::File { .. }));
+    state.disturbed || state.truth.members.values().any(foreign)
+}

@@ -1,0 +1,318 @@
+//! What must be so at every instant of a simulated history, and what must be so at its end.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qchain::backend::memory::MemoryStore;
+use qchain::backend::{Backend, FileKind};
+use qchain::ids::StorePath;
+
+use super::image::{Layers, Version, bytes};
+use super::stage::{Layout, Template, path};
+
+/// Whether a name must be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    Must,
+    Gone,
+    Either,
+}
+
+/// What somebody else did to a name that must not be lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    Removed,
+    File { inode: u64, backing: Option<String> },
+}
+
+/// One member.
+#[derive(Debug)]
+pub struct Member {
+    pub view: Vec<u8>,
+    pub presence: Presence,
+    /// Deletes of it that are under way.
+    pub open: u32,
+    /// Somebody else broke what it reads through: what it shows is nobody's business.
+    pub spoilt: bool,
+    /// It was asked away in place: its own view may end before its name.
+    pub in_place: bool,
+    /// Somebody else put it there while others worked.
+    pub late: bool,
+    pub foreign: Option<Foreign>,
+    /// What others wrote into its checkpoint file last.
+    pub stamp: u64,
+    verified: Vec<Version>,
+}
+
+impl Member {
+    pub fn new(view: Vec<u8>) -> Self {
+        Self {
+            view,
+            presence: Presence::Must,
+            open: 0,
+            spoilt: false,
+            in_place: false,
+            late: false,
+            foreign: None,
+            stamp: 0,
+            verified: Vec::new(),
+        }
+    }
+}
+
+/// What a claim's file said, and whether it is there for good.
+#[derive(Debug)]
+struct Seen {
+    bytes: Vec<u8>,
+    lasting: bool,
+}
+
+/// All that is known of how things must be.
+#[derive(Debug)]
+pub struct Truth {
+    pub layout: Layout,
+    pub members: BTreeMap<String, Member>,
+    pub layers: Layers,
+    /// Undos under way.
+    pub undos: u32,
+    /// Whether there was no power cut since all was last in order.
+    pub orderly: bool,
+    claims: BTreeMap<StorePath, Seen>,
+}
+
+/// When a look is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// Anywhere in the middle.
+    Instant,
+    /// After everything was recovered.
+    Recovered,
+    /// After everything was purged, too.
+    End,
+}
+
+impl Truth {
+    pub fn new(layout: Layout, template: &Template) -> Self {
+        let members =
+            template.members.iter().map(|made| (made.name.clone(), Member::new(made.view.clone()))).collect();
+        Self {
+            layout,
+            members,
+            layers: Layers::default(),
+            undos: 0,
+            orderly: true,
+            claims: BTreeMap::new(),
+        }
+    }
+
+    /// Looks at everything; the first thing that is wrong.
+    pub fn check(&mut self, store: &MemoryStore, when: When) -> Result<(), String> {
+        let names: Vec<String> = self.members.keys().cloned().collect();
+        for name in &names {
+            self.check_member(store, name, when)?;
+        }
+        self.check_checkpoints(store, when)?;
+        if when != When::Instant {
+            names.iter().try_for_each(|name| self.check_foreign(store, name))?;
+        }
+        if when == When::End {
+            check_leaks(store)?;
+        }
+        Ok(())
+    }
+
+    fn check_member(&mut self, store: &MemoryStore, name: &str, when: When) -> Result<(), String> {
+        let place = self.layout.member(name);
+        let there = store.stat(&place).is_ok();
+        let orderly = self.orderly || when != When::Instant;
+        let Some(member) = self.members.get_mut(name) else { return Ok(()) };
+        match (there, member.presence) {
+            (false, Presence::Must) => return Err(format!("{name} is lost")),
+            (true, Presence::Gone) => return Err(format!("{name} is back")),
+            (false, _) => return Ok(()),
+            (true, _) => {}
+        }
+        if member.spoilt {
+            return Ok(());
+        }
+        // Between the switch and the end the file belongs to another name.
+        if member.in_place && member.presence == Presence::Either {
+            return Ok(());
+        }
+        let chain = match self.layers.chain(store, &place) {
+            Ok(chain) => chain,
+            // A deleted member's name comes back by a power cut, and what was below it does not.
+            Err(_) if !orderly && member.presence == Presence::Either => return Ok(()),
+            // Who comes while a name goes gets it back.
+            Err(_) if member.late && when == When::Instant => return Ok(()),
+            Err(broken) => return Err(format!("{name}: {broken}")),
+        };
+        if member.verified != chain.versions {
+            if chain.view() != member.view {
+                let through: Vec<&str> = chain.paths.iter().map(StorePath::as_str).collect();
+                return Err(format!("{name} shows something else, through {through:?}"));
+            }
+            member.verified = chain.versions;
+        }
+        Ok(())
+    }
+
+    /// Who a checkpoint file names as parent, and its stamp.
+    pub fn checkpoint(&self, store: &MemoryStore, name: &str) -> Option<(Option<String>, u64)> {
+        let text = String::from_utf8(bytes(store, &self.layout.checkpoint(name)?)?).ok()?;
+        let between = |from: &str, to: &str| Some(text.split_once(from)?.1.split_once(to)?.0.to_owned());
+        let parent = between("<parent><name>", "</name>");
+        Some((parent, between("<stamp>", "</stamp>")?.parse().ok()?))
+    }
+
+    fn check_checkpoints(&mut self, store: &MemoryStore, when: When) -> Result<(), String> {
+        if self.layout.checkpoint("m0").is_none() {
+            return Ok(());
+        }
+        for (name, member) in &self.members {
+            let found = self.checkpoint(store, name);
+            let there = store.stat(&self.layout.member(name)).is_ok();
+            if member.spoilt || member.foreign.is_some() {
+                continue;
+            }
+            let Some((parent, stamp)) = found else {
+                if there && (member.presence == Presence::Must || when != When::Instant) {
+                    return Err(format!("the checkpoint file of {name} is lost"));
+                }
+                continue;
+            };
+            if !there && when != When::Instant {
+                return Err(format!("the checkpoint file of {name} is left behind"));
+            }
+            if there && stamp != member.stamp && when != When::Instant {
+                return Err(format!("what was written into the checkpoint file of {name} is lost"));
+            }
+            if when == When::Instant {
+                let dangles = parent.as_ref().filter(|parent| self.checkpoint(store, parent).is_none());
+                if let Some(parent) = dangles.filter(|_| self.orderly && !member.late) {
+                    return Err(format!("the checkpoint file of {name} names {parent}, which is gone"));
+                }
+                continue;
+            }
+            let (_, layer) = self.layers.layer(store, &self.layout.member(name))?;
+            if parent != layer.backing {
+                let header = &layer.backing;
+                return Err(format!("{name} is over {header:?}, its checkpoint file says {parent:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What others did stays done.
+    fn check_foreign(&mut self, store: &MemoryStore, name: &str) -> Result<(), String> {
+        let place = self.layout.member(name);
+        let found = store.stat(&place).ok();
+        match self.members.get(name).and_then(|member| member.foreign.as_ref()) {
+            None => Ok(()),
+            Some(Foreign::Removed) => match found {
+                None => Ok(()),
+                Some(_) => Err(format!("{name} was removed by others and is back")),
+            },
+            Some(Foreign::File { inode, backing }) => {
+                if found.is_none_or(|found| found.id.inode != *inode) {
+                    return Err(format!("the file that others put at {name} is lost"));
+                }
+                match self.layers.layer(store, &place)?.1 {
+                    layer if layer.backing == *backing => Ok(()),
+                    layer => Err(format!("the header of {name} says {:?}, not {backing:?}", layer.backing)),
+                }
+            }
+        }
+    }
+
+    /// Members whose view or checkpoint reads through a name now, itself included.
+    pub fn above(&mut self, store: &MemoryStore, name: &str) -> BTreeSet<String> {
+        let names: Vec<String> = self.members.keys().cloned().collect();
+        let place = self.layout.member(name);
+        let mut found = BTreeSet::from([name.to_owned()]);
+        for other in names {
+            let mut below = Some(other.clone());
+            let mut steps = 0;
+            while let Some(at) = below.filter(|_| steps < 16) {
+                if at == name {
+                    found.insert(other.clone());
+                }
+                below = self.checkpoint(store, &at).and_then(|(parent, _)| parent);
+                steps += 1;
+            }
+            let mut at = self.layout.member(&other);
+            for _ in 0..16 {
+                if at == place {
+                    found.insert(other.clone());
+                }
+                let Ok((_, layer)) = self.layers.layer(store, &at) else { break };
+                let Some(backing) = &layer.backing else { break };
+                at = at.parent().join(backing).unwrap();
+            }
+        }
+        found
+    }
+
+    /// Looks at all claims: whole ones never change, and numbers have no gaps.
+    pub fn check_claims(&mut self, store: &MemoryStore) -> Result<(), String> {
+        let root = path(".qchain/generations");
+        for tree in store.read_dir(&root).unwrap().iter().filter_map(|tree| tree.path_in(&root)) {
+            let entries = store.read_dir(&tree).unwrap();
+            let files = entries.iter().filter(|entry| entry.kind == FileKind::File);
+            let mut claims: Vec<StorePath> = files.filter_map(|entry| entry.path_in(&tree)).collect();
+            claims.sort();
+            for (number, claim) in (1..).zip(&claims) {
+                if claim.file_name().parse() != Ok(number) {
+                    return Err(format!("{claim} follows a gap"));
+                }
+                self.check_claim(store, claim)?;
+            }
+        }
+        match self.claims.keys().find(|claim| store.stat(claim).is_err()) {
+            Some(claim) => Err(format!("{claim} is lost")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_claim(&mut self, store: &MemoryStore, claim: &StorePath) -> Result<(), String> {
+        let bytes = bytes(store, claim).unwrap_or_default();
+        // Without hard links it is written in place: it counts once it is whole.
+        if serde_json::from_slice::<serde_json::Value>(&bytes).is_err() {
+            return match self.claims.get(claim) {
+                Some(_) => Err(format!("{claim} is torn")),
+                None => Ok(()),
+            };
+        }
+        match self.claims.get(claim) {
+            Some(seen) if seen.bytes != bytes => Err(format!("{claim} was written again")),
+            Some(_) => Ok(()),
+            None => {
+                self.claims.insert(claim.clone(), Seen { bytes, lasting: false });
+                Ok(())
+            }
+        }
+    }
+
+    /// All claims that are seen now are there for good: somebody was told that his operation is done.
+    pub fn claims_last(&mut self) {
+        self.claims.values_mut().for_each(|seen| seen.lasting = true);
+    }
+
+    /// A power cut: claims that nobody was told of may be gone, and versions of files mean nothing.
+    pub fn power_cut(&mut self) {
+        self.claims.retain(|_, seen| seen.lasting);
+        self.orderly = false;
+        self.layers.forget();
+        self.members.values_mut().for_each(|member| member.verified.clear());
+    }
+}
+
+/// Nothing of qchain's is left but what is meant to last.
+fn check_leaks(store: &MemoryStore) -> Result<(), String> {
+    for directory in ["tmp", "trash", "intents"] {
+        let place = path(".qchain").join(directory).unwrap();
+        if let Some(left) = store.read_dir(&place).unwrap().first() {
+            return Err(format!("{directory} has {:?} left", left.name));
+        }
+    }
+    Ok(())
+}
