@@ -228,6 +228,11 @@ fn restore_all(site: &Site<'_>, restores: &[Restore]) -> Result<()> {
             if found.is_some_and(|found| restore.mark.inode == found.id.inode) {
                 match link(at.backend, &restore.kept, &restore.at.path) {
                     Ok(()) | Err(BackendError::AlreadyExists { .. }) => {}
+                    // A file can have one name only: it moves.
+                    Err(error) if error.is_unsupported() => {
+                        take_name(at.backend, &restore.kept, &restore.at.path)
+                            .map_err(at.failed("put back"))?;
+                    }
                     Err(source) => return Err(at.failed("put back")(source)),
                 }
             }

@@ -2,7 +2,8 @@
 //! stall and meet errors, power cuts and others' hands. What each member shows, and much else, is looked at
 //! after every call that changes a name.
 //!
-//! A failing seed is printed with what happened. `QCHAIN_SEED=n` runs one alone; `QCHAIN_SEEDS=a..b` a range.
+//! A failing seed is printed with what happened. `QCHAIN_SEED=n` runs one alone; `QCHAIN_SEEDS=a..b` a range;
+//! with `QCHAIN_READS` what happened has the reads, too.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

@@ -106,6 +106,7 @@ fn set_up(seed: u64, trace: bool) -> (Arc<World>, Vec<Vec<Action>>) {
         tick: dice.pick(&[20_000, 200_000, 2_000_000]),
         switch: dice.pick(&[2, 8, 30, 100]),
         trace,
+        reads: std::env::var_os("QCHAIN_READS").is_some(),
     };
     let scripts = (0..options.slots)
         .map(|_| (0..=dice.below(3)).map(|_| action(&mut dice, template)).collect())

@@ -199,12 +199,15 @@ fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {
         Action::Undo => {
             let last = history(&site)?.into_iter().rev().find(|done| done.undo_until.is_some());
             if let Some(last) = last {
-                let (done, _) = undo(&site, last.operation.as_str(), Witness::None)?;
-                gave.back = done.members.iter().map(name).collect();
+                let undone = undo(&site, last.operation.as_str(), Witness::None)?;
+                gave.back = undone.done.members.iter().map(name).collect();
             }
         }
-        Action::Recover => gave.recovered = recover(&site, &Witness::None)?,
-        Action::Purge { all } => gave.recovered = purge(&site, *all, &Witness::None)?,
+        Action::Recover => gave.recovered = recover(&site, Witness::None)?,
+        Action::Purge { all } => {
+            let purged = purge(&site, *all, Witness::None)?;
+            gave.recovered = purged.into_iter().map(|one| one.recovered).collect();
+        },
     }
     Ok(gave)
 }

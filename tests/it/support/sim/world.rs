@@ -107,8 +107,9 @@ pub struct Options {
     pub tick: u64,
     /// One in so many calls is followed by another instance's.
     pub switch: u64,
-    /// Whether everything is written down.
+    /// Whether everything is written down, and reads too.
     pub trace: bool,
+    pub reads: bool,
 }
 
 pub struct State {
@@ -348,10 +349,16 @@ impl State {
 
     fn note_call(&mut self, life: Life, call: &Call) {
         self.calls += 1;
+        if self.calls > MOST_CALLS {
+            self.judge(Err("it does not end".to_owned()));
+        }
         self.now += 1 + self.dice.below(self.options.tick);
         let words = [call.name.as_bytes(), call.path.as_str().as_bytes(), &[u8::try_from(life.slot).unwrap()]];
         for byte in words.concat() {
             self.hash = (self.hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        if !call.mutates && !self.options.reads {
+            return;
         }
         self.note(|| {
             let mut text = format!("{}: {} {}", life.slot, call.name, call.path);
@@ -360,9 +367,6 @@ impl State {
             }
             text
         });
-        if self.calls > MOST_CALLS {
-            self.judge(Err("it does not end".to_owned()));
-        }
     }
 
     /// Who is next; the present one rather than others.
