@@ -20,6 +20,7 @@ mod merge_onto;
 mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
+mod power_cut;
 mod qcow2_check;
 mod qcow2_read;
 mod simulation;

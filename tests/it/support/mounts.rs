@@ -4,7 +4,7 @@
 //! that skips itself proves nothing.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -32,6 +32,27 @@ impl FsKind {
     }
 }
 
+/// How the power goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// With it all that nobody had synced: bytes, and what the file system's log had not written.
+    Dropped,
+    /// The log is written out, but not the bytes that were not synced: names and lengths without content.
+    Logged,
+}
+
+impl Cut {
+    /// Cuts the power of the file system at that place: every later call on it fails, until it is mounted
+    /// again. XFS and ext4 have the call; btrfs has not.
+    pub fn cut(self, mounted: &Path) {
+        let command = match self {
+            Self::Dropped => "shutdown",
+            Self::Logged => "shutdown -f",
+        };
+        run(Command::new("xfs_io").args(["-x", "-c", command]).arg(mounted));
+    }
+}
+
 /// A mounted file system. Unmounted and deleted when dropped, after a failed test too.
 #[derive(Debug)]
 pub struct LoopMount {
@@ -44,40 +65,70 @@ impl LoopMount {
     /// Makes and mounts an empty file system of `bytes` (the file is sparse). Panics with the reason if
     /// it cannot.
     pub fn new(kind: FsKind, bytes: u64) -> Self {
+        Self::new_in(&std::env::temp_dir(), kind, bytes)
+    }
+
+    /// The same with its file in memory where the machine has a place for that: what is synced there costs
+    /// nothing, and nothing that is tried with it outlives this machine's own power anyway.
+    pub fn in_memory(kind: FsKind, bytes: u64) -> Self {
+        let shared = Path::new("/dev/shm");
+        if shared.is_dir() { Self::new_in(shared, kind, bytes) } else { Self::new(kind, bytes) }
+    }
+
+    fn new_in(parent: &Path, kind: FsKind, bytes: u64) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("qchain-mount-")
-            .tempdir()
+            .tempdir_in(parent)
             .unwrap_or_else(|error| panic!("no temporary directory for a {kind:?} mount: {error}"));
         let mut mount = Self { directory, mounted: false };
-        let image = mount.directory.path().join("image");
+        let image = mount.image();
         let sized = File::create(&image).and_then(|file| file.set_len(bytes));
         sized.unwrap_or_else(|error| panic!("cannot make a file of {bytes} bytes: {error}"));
         std::fs::create_dir(mount.path())
             .unwrap_or_else(|error| panic!("cannot make a mount point: {error}"));
         let [program, options @ ..] = kind.mkfs() else { panic!("no program for {kind:?}") };
         run(Command::new(program).args(options).arg(&image));
-        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(mount.path()));
-        mount.mounted = true;
+        mount.mount();
         mount
     }
 
+    fn image(&self) -> PathBuf {
+        self.directory.path().join("image")
+    }
+
+    fn mount(&mut self) {
+        run(Command::new("mount").args(["-o", "loop"]).arg(self.image()).arg(self.path()));
+        self.mounted = true;
+    }
+
+    /// Unmounts and mounts again; nothing of it may be open.
+    pub fn remount(&mut self) {
+        assert!(self.leave(), "{} is still in use", self.path().display());
+        self.mount();
+    }
+
+    /// Unmounts, waiting a little for whoever closes a file a moment later than he should.
+    fn leave(&mut self) -> bool {
+        for _ in 0..50 {
+            if umount(&self.path(), &[]) {
+                self.mounted = false;
+                return true;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        false
+    }
+
     /// The root of the mounted file system.
-    pub fn path(&self) -> std::path::PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.directory.path().join("mnt")
     }
 }
 
 impl Drop for LoopMount {
     fn drop(&mut self) {
-        if !self.mounted {
+        if !self.mounted || self.leave() {
             return;
-        }
-        for _ in 0..50 {
-            if umount(&self.path(), &[]) {
-                return;
-            }
-            // A file of the test may be closed a moment later than its mount is dropped.
-            thread::sleep(Duration::from_millis(20));
         }
         if !umount(&self.path(), &["-l"]) {
             eprintln!("{} could not be unmounted", self.path().display());
