@@ -222,7 +222,7 @@ fn delete(
     terms: Terms,
 ) -> Result<Vec<String>> {
     let stores = site.stores;
-    let guard = begin(site, terms.witness.clone())?;
+    let guard = begin(site, terms.witness)?;
     let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
     let scan = Scan::run(stores, &options)?;
     let asked: Vec<String> =
