@@ -62,10 +62,6 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let ready = published && now >= decided.grace_until();
             let waiting = match stat(&at, &departure.at.path)? {
                 None if !ready || !leaves_checkpoint(&at, departure)? => None,
-                None => {
-                    due.push(Due { decided, departure, at, place: (first, second) });
-                    continue;
-                }
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
@@ -75,7 +71,7 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
                 }
                 Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
-                Some(_) => {
+                _ => {
                     due.push(Due { decided, departure, at, place: (first, second) });
                     continue;
                 }

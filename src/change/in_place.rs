@@ -65,9 +65,10 @@ pub fn complete(
         Err(source) => return Err(at.failed("lock")(source)),
     };
     if let Err(error) = grow(site, decided, plan, &at, &file) {
-        // The store's own failures are tried again by recovery; all others end the attempt.
+        // The store's own failures are tried again by recovery; all others end the attempt: nothing is lost
+        // before the switch but what was added.
         return match error.kind() {
-            Kind::Io | Kind::NoSpace | Kind::Busy | Kind::Cancelled => Err(error),
+            Kind::Io | Kind::Busy => Err(error),
             _ => {
                 cut_off(&at, plan, &file)?;
                 let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
@@ -115,6 +116,9 @@ fn grow(
         cancel: site.cancel,
         pace: &site.pace,
     };
+    if plan.clone_alignment == 0 && layout.file_length() > plan.base {
+        file.reserve(plan.base, layout.file_length() - plan.base).map_err(at.failed("reserve space in"))?;
+    }
     write_onto(&layout, file.as_ref(), &sources, || input.upper.map(), |_| Ok(())).map_err(image_failed)?;
     file.drop_cache().map_err(at.failed("drop from the cache"))?;
     let Some(becomes) = layout.switch() else { return Ok(()) };

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers outside of #[test] functions fail a test by panicking, too")]
 
 mod change_cli;
+mod change_cost;
 mod cli_read;
 mod conformance;
 mod crash_kill;

@@ -83,7 +83,13 @@ fn action(dice: &mut Dice, template: &Template) -> Action {
                     targets.push(another);
                 }
             }
-            let modes = [ModeChoice::Copy, ModeChoice::Copy, ModeChoice::Clone, ModeChoice::InPlace, ModeChoice::Auto];
+            let modes = [
+                ModeChoice::Copy,
+                ModeChoice::Copy,
+                ModeChoice::Clone,
+                ModeChoice::InPlace,
+                ModeChoice::Auto,
+            ];
             // In nanoseconds.
             let mut time = |most: i64| if dice.once_in(2) { 0 } else { 1_000 + most / 2 };
             let (grace_ns, retention_ns) = (time(40_000_000), time(10_000_000_000));

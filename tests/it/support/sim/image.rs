@@ -127,7 +127,8 @@ impl Chain {
         let size = self.layers.iter().flat_map(|layer| layer.clusters.iter().flatten()).next();
         let size = size.map_or(0, Vec::len);
         let cluster = |index: usize| {
-            let found = self.layers.iter().find_map(|layer| layer.clusters.get(index).and_then(Option::as_ref));
+            let found =
+                self.layers.iter().find_map(|layer| layer.clusters.get(index).and_then(Option::as_ref));
             found.cloned().unwrap_or_else(|| vec![0; size])
         };
         (0..top.clusters.len()).flat_map(cluster).collect()

@@ -24,11 +24,18 @@ use super::world::{Life, Phase, World};
 /// One thing to do.
 #[derive(Clone, Debug)]
 pub enum Action {
-    Delete { targets: Vec<String>, mode: ModeChoice, grace_ns: i64, retention_ns: i64 },
+    Delete {
+        targets: Vec<String>,
+        mode: ModeChoice,
+        grace_ns: i64,
+        retention_ns: i64,
+    },
     /// The last that can be.
     Undo,
     Recover,
-    Purge { all: bool },
+    Purge {
+        all: bool,
+    },
 }
 
 /// The virtual clock of one life.
@@ -207,7 +214,7 @@ fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {
         Action::Purge { all } => {
             let purged = purge(&site, *all, Witness::None)?;
             gave.recovered = purged.into_iter().map(|one| one.recovered).collect();
-        },
+        }
     }
     Ok(gave)
 }

@@ -98,7 +98,8 @@ pub fn path(text: &str) -> StorePath {
 
 /// A checkpoint file; the stamp stands for what others write into it.
 pub fn xml(name: &str, parent: Option<&str>, stamp: u64) -> Vec<u8> {
-    let parent = parent.map(|parent| format!("\n  <parent><name>{parent}</name></parent>")).unwrap_or_default();
+    let parent =
+        parent.map(|parent| format!("\n  <parent><name>{parent}</name></parent>")).unwrap_or_default();
     let text = format!(
         "<domaincheckpoint>\n  <name>{name}</name>{parent}\n  <stamp>{stamp}</stamp>\n</domaincheckpoint>\n"
     );

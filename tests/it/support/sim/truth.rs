@@ -94,14 +94,7 @@ impl Truth {
     pub fn new(layout: Layout, template: &Template) -> Self {
         let members =
             template.members.iter().map(|made| (made.name.clone(), Member::new(made.view.clone()))).collect();
-        Self {
-            layout,
-            members,
-            layers: Layers::default(),
-            undos: 0,
-            orderly: true,
-            claims: BTreeMap::new(),
-        }
+        Self { layout, members, layers: Layers::default(), undos: 0, orderly: true, claims: BTreeMap::new() }
     }
 
     /// Looks at everything; the first thing that is wrong.

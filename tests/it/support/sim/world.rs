@@ -353,7 +353,8 @@ impl State {
             self.judge(Err("it does not end".to_owned()));
         }
         self.now += 1 + self.dice.below(self.options.tick);
-        let words = [call.name.as_bytes(), call.path.as_str().as_bytes(), &[u8::try_from(life.slot).unwrap()]];
+        let words =
+            [call.name.as_bytes(), call.path.as_str().as_bytes(), &[u8::try_from(life.slot).unwrap()]];
         for byte in words.concat() {
             self.hash = (self.hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }
