@@ -96,6 +96,12 @@ impl BackendError {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::CrossesDevices)
     }
 
+    /// Whether this user has no right to it.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+
     /// Whether the store lacks the operation (hard links, exchange, image locks, clones), so that another way
     /// to the same end is worth a try.
     #[must_use]

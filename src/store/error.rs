@@ -44,6 +44,12 @@ pub enum StoreError {
         /// The store.
         store: String,
     },
+    /// `store.json` is not for this user.
+    #[error("{store}/.qchain/store.json may not be read by this user, who may not change the store")]
+    Closed {
+        /// The store.
+        store: String,
+    },
     /// `store.json` asks older programs to keep off.
     #[error("{store} asks for a qchain that writes layout version {needed}; this one writes {known}")]
     Newer {
@@ -125,6 +131,7 @@ impl Failure for StoreError {
             | Self::BadRecord { .. }
             | Self::Absent { .. }
             | Self::Proof { .. } => Kind::Refused,
+            Self::Closed { .. } => Kind::Io,
             Self::Busy { .. } => Kind::Busy,
             Self::NotFound { .. } => Kind::NotFound,
             Self::Ambiguous { .. } | Self::Usage { .. } => Kind::Usage,
@@ -137,6 +144,7 @@ impl Failure for StoreError {
             Self::Image { source, .. } => source.code(),
             Self::Chain { source, .. } => source.code(),
             Self::NotInitialised { .. } | Self::BadRecord { .. } => Code::NotInitialised,
+            Self::Closed { .. } => Code::Io,
             Self::Newer { .. } => Code::NewerStore,
             Self::Absent { .. } => Code::StoreAbsent,
             Self::Busy { .. } => Code::StoreBusy,

@@ -30,13 +30,19 @@ pub struct Store {
     config: StoreConfig,
     backend: Arc<dyn Backend>,
     record: Option<StoreRecord>,
+    /// It may have a record, which this user may not read.
+    closed: bool,
     kind: StoreKind,
 }
 
 impl Store {
-    /// Opens a store for reading: reads its `store.json` if there is one.
+    /// Opens a store for reading: reads its `store.json` if there is one. Where that is not for this user, who
+    /// then can change nothing, members can be read all the same.
     pub fn open(config: StoreConfig, backend: Arc<dyn Backend>) -> Result<Self> {
-        let record = read_record(backend.as_ref())?;
+        let (record, closed) = match read_record(backend.as_ref()) {
+            Err(StoreError::Backend { source, .. }) if source.is_denied() => (None, true),
+            read => (read?, false),
+        };
         let kind = match &record {
             Some(record) => record.kind,
             None if StorePath::parse("snapshots").is_ok_and(|path| backend.stat(&path).is_ok()) => {
@@ -44,7 +50,7 @@ impl Store {
             }
             None => StoreKind::Plain,
         };
-        Ok(Self { config, backend, record, kind })
+        Ok(Self { config, backend, record, closed, kind })
     }
 
     /// Its name on the command line.
@@ -87,6 +93,9 @@ impl Store {
     /// The record, if this program may change the store.
     pub fn writable_record(&self) -> Result<&StoreRecord> {
         let store = self.backend.describe();
+        if self.closed {
+            return Err(StoreError::Closed { store });
+        }
         let record = self.record.as_ref().ok_or(StoreError::NotInitialised { store })?;
         if record.least_writer > FORMAT {
             let store = self.backend.describe();

@@ -405,6 +405,35 @@ fn wrong_input_is_refused_by_kind() {
 }
 
 #[test]
+fn reading_needs_no_right_to_the_records() {
+    let world = World::changeable();
+    world.deletes("b", &["--grace", "1h"]);
+    let program = world.directory.path().join("qchain");
+    fs::copy(env!("CARGO_BIN_EXE_qchain"), &program).unwrap();
+    for path in [world.directory.path(), &program] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let as_nobody = |arguments: &[&str]| {
+        let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", text(&program)];
+        let output =
+            run("setpriv", &[&user[..], &["--json", "--store", text(&world.root())], arguments].concat());
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), document)
+    };
+    let (exit, document) = as_nobody(&["list"]);
+    assert_eq!(
+        (exit, document["chains"][0]["members"].as_array().map(Vec::len)),
+        (Some(0), Some(4)),
+        "{document}"
+    );
+    assert_eq!(as_nobody(&["verify"]).0, Some(0));
+    for arguments in [&["history"][..], &["recover"], &["deinit", "--yes"], &["init"]] {
+        let (exit, document) = as_nobody(arguments);
+        assert_eq!((exit, &document["error"]["code"]), (Some(8), &json!("io")), "{arguments:?}: {document}");
+    }
+}
+
+#[test]
 fn one_beginning_of_two_ids_is_ambiguous() {
     let world = World::changeable();
     // Two of seventeen begin with the same digit.
