@@ -71,7 +71,7 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
                 }
                 Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
-                _ => {
+                Some(_) | None => {
                     due.push(Due { decided, departure, at, place: (first, second) });
                     continue;
                 }

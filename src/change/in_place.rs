@@ -98,6 +98,12 @@ fn grow(
         detail: text,
     };
     let image_failed = |error: crate::qcow2::ImageError| failed(&error, with_causes(&error));
+    if matches!(
+        switch_state(&plan.switch, file.as_ref()).map_err(image_failed)?,
+        Switched::Done | Switched::Torn
+    ) {
+        switch(&plan.switch, file.as_ref()).map_err(image_failed)?;
+    }
     let (scan, merge) = find(site, plan)?;
     let input = MergeInput::open(site.stores, &scan, &merge)?;
     if input.upper.images().last().is_some_and(|image| is_switched(image, plan)) {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Stat;
 use crate::ids::StorePath;
+use crate::qcow2::layout::Switch;
 
 /// The version of the records' form.
 pub const SCHEMA: u32 = 1;
@@ -251,6 +252,8 @@ pub struct InPlace {
     pub clone_alignment: u64,
     /// What the survivor's parent will be; `None`: nothing below.
     pub new_parent: Option<Place>,
+    /// The last write, which makes the file the survivor's. A half-made one cannot be told from the tables.
+    pub switch: Switch,
 }
 
 /// A checkpoint file that is to name another parent.

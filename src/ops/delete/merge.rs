@@ -130,8 +130,8 @@ fn plan_in_place(
     let (stores, scan, site) = (context.stores, context.scan, context.site);
     let failed = |error| change_error(stores, scan, merge, &error);
     let place = |id| site.place(&scan.graph.node(id).key).map_err(failed);
-    let (Some(survivor), Some(lowest), Some((_, base))) =
-        (input.upper.images().next(), input.upper.images().last(), layout.kept())
+    let (Some(survivor), Some(lowest), Some((_, base)), Some(switch)) =
+        (input.upper.images().next(), input.upper.images().last(), layout.kept(), layout.switch())
     else {
         return Err(changed(stores, scan, merge));
     };
@@ -152,6 +152,7 @@ fn plan_in_place(
         base,
         clone_alignment,
         new_parent: merge.new_parent.map(place).transpose()?,
+        switch: switch.clone(),
     };
     let publication = Publication {
         at: place(merge.survivor)?,

@@ -89,11 +89,11 @@ pub fn switch(switch: &Switch, target: &dyn StoreFile) -> Result<()> {
         Switched::Foreign => {
             return Err(refuse(target, Code::ChangedMeanwhile, "its header was changed by somebody else"));
         }
-        Switched::Not | Switched::Torn => {
+        // One that is there may have been written without having been synced; if its sync failed, the kernel
+        // may have forgotten what readers still see, and only a new write is made durable by another sync.
+        Switched::Not | Switched::Torn | Switched::Done => {
             target.write_at(switch.at, &switch.new).map_err(|source| store_error(target, source))?;
         }
-        // It may have been written without having been synced.
-        Switched::Done => {}
     }
     target.sync().map_err(|source| store_error(target, source))
 }
