@@ -57,7 +57,7 @@ struct Room {
 
 impl Room {
     fn new(directory: PathBuf, fs: FsKind) -> Self {
-        Self { root: directory.join("s"), fs, judge: Judge::default(), aside: tempfile::tempdir().unwrap() }
+        Self { root: directory.join("s"), fs, judge: Judge::new(), aside: tempfile::tempdir().unwrap() }
     }
 
     fn order(&self, chain: &Chain, verb: Verb, mode: ModeChoice) -> Order {
@@ -162,7 +162,7 @@ fn clean(room: &Room, chain: &Chain, order: &Order) -> (Vec<String>, States) {
     let calls = order.run().unwrap();
     let new = (outside(&room.root), room.free());
     assert!(left_inside(&room.root).is_empty(), "{:?}", left_inside(&room.root));
-    let wrong = chain.wrong(&room.judge, &room.root, true);
+    let wrong = chain.wrong(&room.judge, &outside(&room.root), true);
     assert!(wrong.is_empty() && difference(&old.0, &new.0).len() >= chain.deleted.len(), "{wrong:?}");
     (calls, States { old, new })
 }
@@ -181,9 +181,9 @@ fn kill_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table
         assert_eq!(trace[..], calls[..trace.len()], "{row:?}: not the calls of the clean run");
         row.call = trace.last().cloned().unwrap();
         met.insert(trace.len() - 1);
-        row.before = chain.wrong(&room.judge, &room.root, false);
+        row.before = chain.wrong(&room.judge, &outside(&room.root), false);
         ended(&room.recover(), &mut row);
-        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
         states.tell(room, &mut row);
         table.rows.push(row);
     }
@@ -221,9 +221,9 @@ fn kill_recoveries(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, ta
                 recovery.dying(second).run().unwrap_or_else(|error| panic!("{row:?}: {course:#?} {error}"));
             assert_eq!(trace[..], course[..trace.len()], "{row:?}: not the calls of the clean run");
             row.call = trace.last().cloned().unwrap();
-            row.before = chain.wrong(&room.judge, &room.root, false);
+            row.before = chain.wrong(&room.judge, &outside(&room.root), false);
             ended(&room.recover(), &mut row);
-            row.after.extend(chain.wrong(&room.judge, &room.root, true));
+            row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
             states.tell(room, &mut row);
             table.rows.push(row);
         }
@@ -253,14 +253,14 @@ fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: 
         let trace = undo.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
         assert_eq!(trace[..], calls[..trace.len()], "{row:?}: not the calls of the clean run");
         row.call = trace.last().cloned().unwrap();
-        row.before = chain.wrong(&room.judge, &room.root, false);
+        row.before = chain.wrong(&room.judge, &outside(&room.root), false);
         let (stores, cancel) = (open(&room.root), Cancel::default());
         let site = Site::new(&stores, &SystemClock, &cancel, LONG);
-        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
         // What was undone ends after its undo, which comes after it.
         purge(&site, true, Witness::None).unwrap();
         ended(&room.recover(), &mut row);
-        row.after.extend(chain.wrong(&room.judge, &room.root, true));
+        row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
         states.tell(room, &mut row);
         table.rows.push(row);
     }
@@ -296,13 +296,13 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
         chain.put(&room.root);
         let trace = order.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
         row.call = trace.last().cloned().unwrap();
-        row.before = chain.wrong(&room.judge, &room.root, false);
+        row.before = chain.wrong(&room.judge, &outside(&room.root), false);
         let (stores, cancel) = (open(&room.root), Cancel::default());
         for (days, name_stays) in [(0, true), (1, false), (2, false)] {
             let clock = Later(days * DAY);
             let site = Site::new(&stores, &clock, &cancel, LONG);
             let recovered = recover(&site, Witness::None).unwrap();
-            row.after.extend(chain.wrong(&room.judge, &room.root, true));
+            row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
             let waits =
                 recovered.iter().any(|one| matches!(one.action, Action::Grace(_) | Action::Retention(_)));
             let names = chain.deleted.iter().filter(|name| room.root.join(name).exists()).count();

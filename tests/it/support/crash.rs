@@ -193,66 +193,103 @@ impl Chain {
 
     /// What is wrong with members that stay: views that are not what they were, images that QEMU finds faults
     /// in. `leaks` says whether leaked clusters are a fault.
-    pub fn wrong(&self, judge: &Judge, root: &Path, leaks: bool) -> Vec<String> {
-        let mut wrong = Vec::new();
-        for name in &self.survivors {
-            wrong.extend(judge.view(&root.join(name), &self.truth(name)));
-        }
-        for name in self.survivors.iter().chain(&self.deleted).filter(|name| root.join(name).exists()) {
-            wrong.extend(judge.sound(&root.join(name), leaks));
+    pub fn wrong(&self, judge: &Judge, now: &Files, leaks: bool) -> Vec<String> {
+        let mut wrong = self.wrong_views(judge, now);
+        for name in self.survivors.iter().chain(&self.deleted).filter(|name| now.contains_key(*name)) {
+            wrong.extend(judge.sound(now, name, leaks));
         }
         wrong
+    }
+
+    /// Of that, the views.
+    pub fn wrong_views(&self, judge: &Judge, now: &Files) -> Vec<String> {
+        self.survivors.iter().filter_map(|name| judge.view(now, name, &self.truth(name))).collect()
     }
 }
 
 /// QEMU's verdicts. What it says depends on nothing but the bytes of the files, so it is asked once for each
 /// set of them.
-#[derive(Default)]
 pub struct Judge {
+    scratch: TempDir,
     views: Mutex<HashMap<blake3::Hash, Option<String>>>,
     checks: Mutex<HashMap<blake3::Hash, (i32, String)>>,
 }
 
 impl Judge {
+    /// One that has seen nothing yet.
+    pub fn new() -> Self {
+        let (views, checks) = (Mutex::default(), Mutex::default());
+        Self { scratch: tempfile::tempdir().unwrap(), views, checks }
+    }
+
     /// What is wrong with a member's view.
-    pub fn view(&self, member: &Path, truth: &Path) -> Option<String> {
+    pub fn view(&self, now: &Files, member: &str, truth: &Path) -> Option<String> {
+        let chain = chain_of(now, member);
         let mut key = blake3::Hasher::new();
         key.update(text(truth).as_bytes());
-        let mut next = Some(member.to_owned());
-        let mut depth = 0;
-        while let Some(path) = next {
-            let bytes = fs::read(&path).unwrap_or_default();
-            key.update(text(path.file_name().unwrap().as_ref()).as_bytes());
-            key.update(blake3::hash(&bytes).as_bytes());
-            next = backing(&bytes).map(|name| path.parent().unwrap().join(name));
-            depth += 1;
-            assert!(depth < 20, "a loop");
+        for (name, bytes) in &chain {
+            key.update(name.as_bytes());
+            key.update(bytes.map_or(blake3::hash(b"missing"), |bytes| blake3::hash(bytes)).as_bytes());
         }
         let mut views = self.views.lock().unwrap();
-        views.entry(key.finalize()).or_insert_with(|| compare(member, truth)).clone()
+        views.entry(key.finalize()).or_insert_with(|| compare(&self.put(&chain), member, truth)).clone()
     }
 
     /// What `qemu-img check` finds in one file.
-    pub fn sound(&self, member: &Path, leaks: bool) -> Option<String> {
-        let key = blake3::hash(&fs::read(member).unwrap_or_default());
+    pub fn sound(&self, now: &Files, member: &str, leaks: bool) -> Option<String> {
+        let bytes = now.get(member).map(Vec::as_slice);
+        let key = blake3::hash(bytes.unwrap_or_default());
         let mut checks = self.checks.lock().unwrap();
         let (code, said) = checks.entry(key).or_insert_with(|| {
-            let output = run("qemu-img", &["check", "-f", "qcow2", text(member)]);
+            let path = self.put(&[("checked".to_owned(), bytes)]);
+            // Alone: what is below it is looked at for itself.
+            let file = format!("{{'driver': 'file', 'filename': '{}'}}", text(&path));
+            let image =
+                format!("json:{{'driver': 'qcow2', 'backing': null, 'file': {file}}}").replace('\'', "\"");
+            let output = run("qemu-img", &["check", &image]);
             let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
             (output.status.code().unwrap_or(-1), said.concat())
         });
         // 3: leaked clusters and nothing else.
         let sound = *code == 0 || (*code == 3 && !leaks);
-        (!sound).then(|| format!("check of {}: {code}: {said}", member.display()))
+        (!sound).then(|| format!("check of {member}: {code}: {said}"))
+    }
+
+    /// Has files where QEMU can read them; gives the first one's place.
+    fn put(&self, files: &[(String, Option<&[u8]>)]) -> PathBuf {
+        for entry in fs::read_dir(self.scratch.path()).unwrap() {
+            fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        let place = |name: &str| self.scratch.path().join(name.rsplit('/').next().unwrap());
+        for (name, bytes) in files {
+            bytes.iter().for_each(|bytes| fs::write(place(name), bytes).unwrap());
+        }
+        place(&files[0].0)
     }
 }
 
-fn compare(member: &Path, truth: &Path) -> Option<String> {
-    let output = run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(member), text(truth)]);
+/// A member and all below it, by the backing names in the headers.
+fn chain_of<'a>(now: &'a Files, member: &str) -> Vec<(String, Option<&'a [u8]>)> {
+    let mut chain: Vec<(String, Option<&[u8]>)> = Vec::new();
+    let mut next = Some(member.to_owned());
+    while let Some(name) = next {
+        assert!(chain.len() < 20, "a loop from {member}");
+        let bytes = now.get(&name).map(Vec::as_slice);
+        next = bytes.and_then(backing).map(|below| {
+            let below = below.trim_start_matches("./");
+            name.rsplit_once('/').map_or(below.to_owned(), |(directory, _)| format!("{directory}/{below}"))
+        });
+        chain.push((name, bytes));
+    }
+    chain
+}
+
+fn compare(path: &Path, member: &str, truth: &Path) -> Option<String> {
+    let output = run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(path), text(truth)]);
     let said =
         [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
     let same = output.status.success() && !said.contains("mismatch");
-    (!same).then(|| format!("view of {}: {said}", member.display()))
+    (!same).then(|| format!("view of {member}: {said}"))
 }
 
 /// The backing name in an image's header.

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use qchain::backend::faulty::{Call, Faulty};
 use qchain::backend::posix::PosixStore;
+use qchain::change::recover::Action;
 use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
-use qchain::ops::Result;
+use qchain::failure::with_causes;
+use qchain::ops::OpError;
 use qchain::ops::delete::{ModeChoice, Report, Terms};
 use qchain::ops::recover::{history, recover, undo};
 use qchain::progress::Cancel;
@@ -70,21 +72,38 @@ pub struct Order {
     pub trace: PathBuf,
 }
 
-/// Runs a verb on one store as a single thread.
-pub fn act(stores: &Stores, verb: Verb, members: &[String], mode: ModeChoice, terms: Terms) -> Result<()> {
+/// Runs a verb on one store as a single thread; what failed of it, as its exit code would say.
+pub fn act(
+    stores: &Stores,
+    verb: Verb,
+    members: &[String],
+    mode: ModeChoice,
+    terms: Terms,
+) -> Result<(), String> {
     let cancel = Cancel::default();
     let site = Site::new(stores, &SystemClock, &cancel, LONG);
+    let failed = |error: OpError| with_causes(&error);
+    let failed_action = |action: &Action| match action {
+        Action::Failed { .. } | Action::Stuck(_) | Action::Frozen(_) | Action::Busy => {
+            Err(format!("{action:?}"))
+        }
+        Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => Ok(()),
+    };
     match verb {
         Verb::Delete => {
             let members: Vec<&str> = members.iter().map(String::as_str).collect();
-            let report: Report = delete_by(&site, &members, mode, terms, 1)?;
-            report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(()), Err)
+            let report: Report = delete_by(&site, &members, mode, terms, 1).map_err(failed)?;
+            report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(()), Err).map_err(failed)
         }
-        Verb::Recover => recover(&site, Witness::None).map(drop),
+        Verb::Recover => {
+            let recovered = recover(&site, Witness::None).map_err(failed)?;
+            recovered.iter().try_for_each(|one| failed_action(&one.action))
+        }
         Verb::Undo => {
-            let done = history(&site)?;
+            let done = history(&site).map_err(failed)?;
             let last = done.last().map(|done| done.operation.to_string()).unwrap_or_default();
-            undo(&site, &last, Witness::None).map(drop)
+            let undone = undo(&site, &last, Witness::None).map_err(failed)?;
+            failed_action(&undone.action)
         }
     }
 }
@@ -135,7 +154,7 @@ pub fn obey() -> bool {
     let terms = Terms { grace_ns: order.grace_ns, retention_ns: order.retention_ns, ..Terms::default() };
     let result = act(&stores, order.verb, &order.members, mode, terms);
     fs::write(&order.trace, mutations(&faulty.trace()).join("\n")).unwrap();
-    result.unwrap_or_else(|error| panic!("{}", qchain::failure::with_causes(&error)));
+    result.unwrap_or_else(|error| panic!("{error}"));
     true
 }
 
@@ -146,7 +165,7 @@ impl Order {
     }
 
     /// Has a process do it; gives its mutating calls. It must end as it was told to, or this says how it did.
-    pub fn run(&self) -> std::result::Result<Vec<String>, String> {
+    pub fn run(&self) -> Result<Vec<String>, String> {
         let _ = fs::remove_file(&self.trace);
         let output = Forked::new(TEST, WHAT, &serde_json::to_string(self).unwrap()).end();
         let killed = output.status.signal() == Some(9);

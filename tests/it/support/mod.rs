@@ -5,6 +5,7 @@ pub mod chains;
 pub mod crash;
 pub mod digest;
 pub mod forked;
+pub mod grounds;
 pub mod images;
 pub mod killing;
 pub mod merging;

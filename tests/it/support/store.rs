@@ -34,10 +34,14 @@ pub fn init(root: &Path, kind: StoreKind) {
     }
     let scratch = qchain::store::record::own(&["tmp"]);
     let capabilities = PosixStore::open(root).unwrap().probe(&scratch).ok();
-    let id = format!("test-{}", root.display());
-    let zone = vec![ZoneStore { id: id.clone(), name: "test".to_owned() }];
-    let record = StoreRecord { schema: 1, id, format: 1, least_writer: 1, kind, zone, capabilities };
+    let record = StoreRecord { capabilities, ..record(&format!("test-{}", root.display()), kind) };
     fs::write(root.join(".qchain/store.json"), record.encode()).unwrap();
+}
+
+/// What the only store of a zone says of itself.
+pub fn record(id: &str, kind: StoreKind) -> StoreRecord {
+    let zone = vec![ZoneStore { id: id.to_owned(), name: "test".to_owned() }];
+    StoreRecord { schema: 1, id: id.to_owned(), format: 1, least_writer: 1, kind, zone, capabilities: None }
 }
 
 /// Opens a directory as the only store.
