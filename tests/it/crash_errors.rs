@@ -164,7 +164,7 @@ fn errors(
     steps: [usize; 3],
     table: &mut Table,
 ) {
-    let judge = Judge::new();
+    let judge = Judge::default();
     let row = Row {
         mode: word(mode),
         fs: name.to_owned(),
@@ -276,7 +276,7 @@ fn every_error_at_every_call_on_a_file_system() {
         (FsKind::Ext4, ModeChoice::InPlace),
         (FsKind::Ext4, ModeChoice::Copy),
     ] {
-        let mount = LoopMount::new(fs, 512 << 20);
+        let mount = LoopMount::in_memory(fs, 512 << 20);
         let chain = Chain::make(Shape::Cloudstack, seed());
         let ground = Ground::Disk(mount.path().join("s"));
         let steps = if full() { [1, 3, 1] } else { [5, 61, 17] };

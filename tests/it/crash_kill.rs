@@ -57,7 +57,7 @@ struct Room {
 
 impl Room {
     fn new(directory: PathBuf, fs: FsKind) -> Self {
-        Self { root: directory.join("s"), fs, judge: Judge::new(), aside: tempfile::tempdir().unwrap() }
+        Self { root: directory.join("s"), fs, judge: Judge::default(), aside: tempfile::tempdir().unwrap() }
     }
 
     fn order(&self, chain: &Chain, verb: Verb, mode: ModeChoice) -> Order {
@@ -317,7 +317,7 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
 
 /// All shapes and modes of one file system.
 fn matrix(fs: FsKind) {
-    let mount = LoopMount::new(fs, 512 << 20);
+    let mount = LoopMount::in_memory(fs, 512 << 20);
     let room = Room::new(mount.path(), fs);
     let mut table = Table::new(&format!("crash-kill-{fs:?}").to_lowercase());
     // Of each file system one case is always complete.
@@ -353,7 +353,7 @@ fn a_delete_is_killed_on_ext4() {
 
 /// Recovery, undo, and deletions whose files stay for a while.
 fn sequels(fs: FsKind, modes: &[ModeChoice], shapes: &[Shape]) {
-    let mount = LoopMount::new(fs, 512 << 20);
+    let mount = LoopMount::in_memory(fs, 512 << 20);
     let room = Room::new(mount.path(), fs);
     let mut table = Table::new(&format!("crash-sequels-{fs:?}").to_lowercase());
     for shape in shapes {

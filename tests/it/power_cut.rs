@@ -127,7 +127,7 @@ impl Room {
     }
 
     fn wrong(&self, chain: &Chain, leaks: bool) -> Vec<String> {
-        chain.wrong(&self.judge, &self.root(), leaks)
+        chain.wrong(&self.judge, &outside(&self.root()), leaks)
     }
 
     /// A clean run: its calls, and the states before and after.

@@ -215,13 +215,14 @@ pub struct Judge {
     checks: Mutex<HashMap<blake3::Hash, (i32, String)>>,
 }
 
-impl Judge {
-    /// One that has seen nothing yet.
-    pub fn new() -> Self {
+impl Default for Judge {
+    fn default() -> Self {
         let (views, checks) = (Mutex::default(), Mutex::default());
         Self { scratch: tempfile::tempdir().unwrap(), views, checks }
     }
+}
 
+impl Judge {
     /// What is wrong with a member's view.
     pub fn view(&self, now: &Files, member: &str, truth: &Path) -> Option<String> {
         let chain = chain_of(now, member);
