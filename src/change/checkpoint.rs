@@ -136,6 +136,10 @@ pub fn follow_all(site: &Site<'_>, decided: &Decided<'_>, published: &[Published
 fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usize) -> Result<bool> {
     let path = &edit.at.path;
     for attempt in 0..TRIES {
+        // An instance that was stopped for long may come too late: what was undone stays undone.
+        if decided.is_undone()? {
+            return Ok(false);
+        }
         let old = match at.backend.open(path) {
             Ok(file) => file,
             Err(BackendError::NotFound { .. }) => return Ok(false),
@@ -165,7 +169,7 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
             write(at, &temporary, &new, old.as_ref())?;
             temporary
         };
-        if exchange(at, &from, path, &edit.kept, &bytes)? {
+        if exchange(at, decided, &from, path, &edit.kept, &bytes)? {
             return Ok(true);
         }
     }
@@ -186,8 +190,16 @@ fn original(at: &At<'_>, edit: &CheckpointEdit, bytes: &[u8]) -> Result<Option<S
     Ok(same.then(|| kept.clone()))
 }
 
-/// Gives `path` the file at `from`; false if what had the name was no longer what was read.
-fn exchange(at: &At<'_>, from: &StorePath, path: &StorePath, kept: &StorePath, read: &[u8]) -> Result<bool> {
+/// Gives `path` the file at `from`; false if what had the name was no longer what was read, or the operation
+/// was taken back just then.
+fn exchange(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    from: &StorePath,
+    path: &StorePath,
+    kept: &StorePath,
+    read: &[u8],
+) -> Result<bool> {
     let unchanged = |name: &StorePath| -> Result<bool> {
         match at.backend.open(name) {
             Ok(file) => Ok(content(at, file.as_ref())?.0 == read),
@@ -202,7 +214,7 @@ fn exchange(at: &At<'_>, from: &StorePath, path: &StorePath, kept: &StorePath, r
     let Some(new) = stat(at, from)? else { return Ok(false) };
     match swap(at.backend, from, path) {
         Ok(()) => {
-            if unchanged(from)? {
+            if unchanged(from)? && !decided.is_undone()? {
                 release(at, from)?;
                 return Ok(true);
             }
@@ -215,7 +227,7 @@ fn exchange(at: &At<'_>, from: &StorePath, path: &StorePath, kept: &StorePath, r
         Err(error) if error.is_unsupported() => {
             take_name(at.backend, from, path).map_err(at.failed("publish"))?;
             // Written into at that very moment: the next attempt starts from what was written.
-            if stat(at, kept)?.is_some() && !unchanged(kept)? {
+            if stat(at, kept)?.is_some() && (!unchanged(kept)? || decided.is_undone()?) {
                 link(at.backend, kept, from).map_err(at.failed("take back"))?;
                 take_name(at.backend, from, path).map_err(at.failed("take back"))?;
                 return Ok(false);
