@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -56,8 +57,8 @@ fn table(file: &File, at: u64, entries: u64) -> Vec<u64> {
 
 impl Layer {
     /// Reads a member's header and tables.
-    pub fn open(path: &Path) -> Self {
-        let file = File::open(path).unwrap();
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
         let header = read(&file, 0, 112);
         assert_eq!(&header[..4], b"QFI\xfb", "{}", path.display());
         let version = be(&header, 4, 4);
@@ -82,7 +83,7 @@ impl Layer {
                 }
             }
         }
-        Self { file, size: be(&header, 24, 8), cluster, backing, clusters }
+        Ok(Self { file, size: be(&header, 24, 8), cluster, backing, clusters })
     }
 
     /// What this member alone says of `[at, at + length)`, which lies in one cluster; `None`: from below.
@@ -108,14 +109,19 @@ pub struct Layers(pub Vec<Layer>);
 impl Layers {
     /// Opens a member and all below it; names are relative.
     pub fn open(path: &Path) -> Self {
+        Self::try_open(path).unwrap()
+    }
+
+    /// The same where names may go meanwhile.
+    pub fn try_open(path: &Path) -> io::Result<Self> {
         let mut layers = Vec::new();
         let mut next: Option<PathBuf> = Some(path.to_owned());
         while let Some(path) = next {
-            let layer = Layer::open(&path);
+            let layer = Layer::open(&path)?;
             next = layer.backing.as_ref().map(|name| path.parent().unwrap().join(name));
             layers.push(layer);
         }
-        Self(layers)
+        Ok(Self(layers))
     }
 
     /// Reads the view. Steps of 512 bytes lie in one cluster of every layer and on one side of every end.
