@@ -257,9 +257,9 @@ impl Room {
             return row;
         }
         let second = self.rival(chain, case);
-        row.before = chain.wrong(&self.judge, &self.root, false);
+        row.before = chain.wrong(&self.judge, &outside(&self.root), false);
         let status = first.go_on();
-        row.before.extend(chain.wrong(&self.judge, &self.root, false));
+        row.before.extend(chain.wrong(&self.judge, &outside(&self.root), false));
         if !status.success() {
             row.after.push(format!("the first: {status}"));
             return row;
@@ -268,10 +268,10 @@ impl Room {
         let (stores, cancel) = (open(&self.root), Cancel::default());
         let site = site(&stores, &cancel);
         recover(&site, Witness::None).unwrap();
-        row.before.extend(chain.wrong(&self.judge, &self.root, false));
+        row.before.extend(chain.wrong(&self.judge, &outside(&self.root), false));
         purge(&site, true, Witness::None).unwrap();
         recover(&site, Witness::None).unwrap();
-        row.after.extend(chain.wrong(&self.judge, &self.root, true));
+        row.after.extend(chain.wrong(&self.judge, &outside(&self.root), true));
         row.leaks = left_inside(&self.root);
         let (first, other) = (if said.done { "done" } else { "failed" }, second.is_ok());
         row.end = format!("first {first}, second {}", if other { "done" } else { "failed" });
