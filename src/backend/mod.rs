@@ -165,7 +165,7 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Makes bytes and length durable. After an error the file must be given up, never synced again.
     fn sync(&self) -> Result<()>;
 
-    /// Asks that the next read come from the store and not from a cache; does what it can.
+    /// Asks that the next read of what is durable come from the store and not from a cache; does what it can.
     fn drop_cache(&self) -> Result<()>;
 
     /// Owner, group, mode, ACL and extended attributes.

@@ -77,13 +77,25 @@ impl Journal {
         })
     }
 
-    /// Makes an intent known, and its name durable. What it says may be lost by a power cut.
+    /// Makes an intent known. It is made durable by [`Journal::settle`]; what it says may be lost by a power cut
+    /// even then, its name not.
     pub fn announce(&self, name: &IntentName, intent: &Intent) -> Result<()> {
         let path = name.path();
         let temporary = places::temporary(&name.operation, "intent");
         self.ensure(&path.parent())?;
-        offer(self.backend.as_ref(), &temporary, &path, &encode(intent)).map_err(failed("write", &path))?;
-        self.backend.sync_dir(&path.parent()).map_err(failed("sync", &path))
+        offer(self.backend.as_ref(), &temporary, &path, &encode(intent)).map_err(failed("write", &path))
+    }
+
+    /// Makes the names of intents durable, and the place for a tree's claims. Called when the files of the
+    /// operation have just been made durable: file systems with a log have little left to do then.
+    pub fn settle(&self, tree: &TreeId) -> Result<()> {
+        let intents = own(&["intents"]);
+        self.backend.sync_dir(&intents).map_err(failed("sync", &intents))?;
+        let claims = places::generations(tree);
+        if self.ensure(&claims)? {
+            self.backend.sync_dir(&claims.parent()).map_err(failed("sync", &claims))?;
+        }
+        Ok(())
     }
 
     /// Takes an intent away, which ends its operation.

@@ -196,6 +196,7 @@ impl<'s> Operation<'s> {
                 directories.push(directory);
             }
         }
+        self.journal()?.settle(self.tree())?;
         if self.lease.as_ref().is_some_and(|lease| !lease.is_held()) {
             return Err(ChangeError::Busy { owner: "another qchain, which took it over".to_owned() });
         }

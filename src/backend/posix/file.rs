@@ -145,8 +145,7 @@ impl StoreFile for PosixFile {
     }
 
     fn drop_cache(&self) -> Result<()> {
-        // Pages that are not on the disk yet cannot be dropped.
-        self.file.sync_data().map_err(|error| failed("sync", &self.path, error))?;
+        // Pages that are not on the disk yet stay.
         fs::fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|errno| failed("drop the cache of", &self.path, errno))
     }
