@@ -169,7 +169,7 @@ impl Context {
         if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
             return Err(refused("there is no terminal to ask on, and --yes was not given"));
         }
-        eprint!("{plan}\nGo on? [y/N] ");
+        eprint!("{}\nGo on? [y/N] ", plan.trim_end());
         let mut answer = String::new();
         let read = io::stdin().lock().read_line(&mut answer);
         read.map_err(|source| CliError::Read { file: "standard input".to_owned(), source })?;

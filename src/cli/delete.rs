@@ -382,7 +382,12 @@ impl Shown<'_> {
             let name = outcome.into.or(outcome.members.first().copied()).map(|id| self.name(id));
             let rehearsed = self.rehearse && outcome.error.is_none();
             let word = if rehearsed { "rehearsed" } else { outcome.status.word() };
-            write!(out, "{word}: {}", name.unwrap_or_default())?;
+            let name = name.unwrap_or_default();
+            match &outcome.error {
+                // It says which member it is about.
+                Some(error) if error.member() == Some(&name) => write!(out, "{word}")?,
+                _ => write!(out, "{word}: {name}")?,
+            }
             match &outcome.error {
                 Some(error) => write!(out, ": {} [{}]", with_causes(error), error.code())?,
                 None if outcome.into.is_some() => write!(

@@ -372,6 +372,49 @@ fn a_frozen_tree_is_left_alone_until_somebody_thaws_it() {
 }
 
 #[test]
+fn a_tree_that_somebody_else_works_on_is_busy() {
+    let world = World::changeable();
+    let operation = world.deletes("b", &[]);
+    let [tree] = &world.names_in("generations")[..] else { panic!("one tree") };
+    let lease = world.own("locks").join(tree);
+    let write = |counter: u64| {
+        let content =
+            json!({"host": "elsewhere", "process": "1", "nonce": "n", "counter": counter, "free": false});
+        // Always as long: whoever reads meanwhile finds the old text or the new one.
+        let file = fs::OpenOptions::new().write(true).open(&lease).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(
+            &file,
+            format!("{:<300}", content.to_string()).as_bytes(),
+            0,
+        )
+        .unwrap();
+    };
+    write(1_000_000);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for counter in 1_000_001.. {
+                if over.load(std::sync::atomic::Ordering::Relaxed) {
+                    return;
+                }
+                write(counter);
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
+        // One after the other, and the end told before anything is judged: a panic would wait for the thread.
+        let runs = [&["recover"][..], &["purge", "--all", "--yes"], &["undo", &operation, "--yes"]];
+        let found = runs.map(|arguments| world.run(arguments));
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        let codes = ["/recovered/0/error/code", "/operations/0/error/code", "/error/code"];
+        for ((exit, document), code) in found.iter().zip(codes) {
+            assert_eq!((*exit, document.pointer(code)), (5, Some(&json!("store-busy"))), "{document}");
+        }
+    });
+    fs::remove_file(&lease).unwrap();
+    world.does(&["undo", &operation, "--yes"]);
+}
+
+#[test]
 fn wrong_input_is_refused_by_kind() {
     let world = World::forked();
     // Reading verbs need nothing.
