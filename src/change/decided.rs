@@ -2,15 +2,18 @@
 //! step can be done again, by anyone, after any crash.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use crate::chain::proof::Proof;
 use crate::change::checkpoint;
 use crate::change::error::Result;
 use crate::change::journal::{Found, Journal};
 use crate::change::lease::Lease;
 use crate::change::places::IntentName;
 use crate::change::publication::{self, Published};
-use crate::change::record::{Claim, Commit, Decision, OperationId, Purpose};
+use crate::change::record::{Claim, Commit, Decision, OperationId, Place, Purpose};
 use crate::change::site::Site;
+use crate::qcow2::write::Written;
 
 /// A decided operation, with its tree's lease while it is worked on.
 pub struct Decided<'s> {
@@ -23,6 +26,18 @@ pub struct Decided<'s> {
     lease: Option<Lease>,
     /// Whether this process has made the published names durable.
     synced: AtomicBool,
+    grown: Mutex<Vec<Grown>>,
+}
+
+/// What a merge in place wrote and proved.
+#[derive(Clone, Debug)]
+pub struct Grown {
+    /// The survivor.
+    pub survivor: Place,
+    /// What was written.
+    pub written: Written,
+    /// What was proved.
+    pub proof: Proof,
 }
 
 impl<'s> Decided<'s> {
@@ -43,9 +58,20 @@ impl<'s> Decided<'s> {
                 commit,
                 lease,
                 synced: AtomicBool::new(false),
+                grown: Mutex::default(),
             }),
             Decision::Abort => None,
         }
+    }
+
+    /// What this process wrote of merges in place so far.
+    #[must_use]
+    pub fn grown(&self) -> Vec<Grown> {
+        self.grown.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn note(&self, grown: Grown) {
+        self.grown.lock().unwrap_or_else(PoisonError::into_inner).push(grown);
     }
 
     /// Its id.

@@ -13,7 +13,7 @@ use crate::backend::{BackendError, StoreFile};
 use crate::chain::delete::Merge;
 use crate::chain::graph::Key;
 use crate::chain::graph::NodeId;
-use crate::change::decided::Decided;
+use crate::change::decided::{Decided, Grown};
 use crate::change::error::{ChangeError, Result};
 use crate::change::publication::{Published, stat};
 use crate::change::record::{InPlace, Publication};
@@ -125,7 +125,8 @@ fn grow(
     if plan.clone_alignment == 0 && layout.file_length() > plan.base {
         file.reserve(plan.base, layout.file_length() - plan.base).map_err(at.failed("reserve space in"))?;
     }
-    write_onto(&layout, file.as_ref(), &sources, || input.upper.map(), |_| Ok(())).map_err(image_failed)?;
+    let written = write_onto(&layout, file.as_ref(), &sources, || input.upper.map(), |_| Ok(()))
+        .map_err(image_failed)?;
     file.drop_cache().map_err(at.failed("drop from the cache"))?;
     let Some(becomes) = layout.switch() else { return Ok(()) };
     if switch_state(becomes, file.as_ref()).map_err(image_failed)? == Switched::Done {
@@ -134,7 +135,10 @@ fn grow(
     let sealed = at.backend.open(&at.key.path).map_err(at.failed("open again"))?;
     let image = Image::open_switched(sealed, &format!("the new image in {}", at.name), becomes)
         .map_err(image_failed)?;
-    prove(&layout, &input, image, &at.name)?;
+    let proof = prove(&layout, &input, image, &at.name)?;
+    if let Some(survivor) = plan.members.last() {
+        decided.note(Grown { survivor: survivor.clone(), written, proof });
+    }
     if decided.is_undone()? {
         return Err(ChangeError::ChangedMeanwhile { member: at.name.clone() });
     }

@@ -39,7 +39,7 @@ pub mod undo;
 pub mod witness;
 
 pub use clock::{Clock, SystemClock};
-pub use decided::Decided;
+pub use decided::{Decided, Grown};
 pub use error::{ChangeError, Result};
 pub use guard::Guard;
 pub use operation::{Operation, Sealed, Staged};

@@ -10,13 +10,13 @@ use crate::change::departure::{Departed, depart};
 use crate::change::publication::Published;
 use crate::change::record::{Commit, Departure as Leaves, Publication, Purpose};
 use crate::change::recover::{Action, Extent, finish};
-use crate::change::{Decided, Guard, Operation, checkpoint, tree};
+use crate::change::{Decided, Grown, Guard, Operation, checkpoint, tree};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::failure::{Code, Failure};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::follow;
 use crate::ops::delete::merge::{Built, build};
-use crate::ops::delete::plan::{Mode, TreePlan};
+use crate::ops::delete::plan::{Entry, Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::{OpError, Result};
 use crate::store::StoreError;
@@ -141,6 +141,7 @@ fn change<'s>(
     context.cancel.check()?;
     let decided = operation.decide(commit, &roots)?;
     let published = decided.publish().map_err(|error| stopped(&error))?;
+    note_grown(context, tree, &decided, outcomes);
     Ok(Some(Changed { decided, published }))
 }
 
@@ -168,6 +169,26 @@ fn note_built(outcome: &mut Outcome, built: &Built, started: Instant) {
     outcome.compared_bytes = built.proof.compared_bytes;
     outcome.new_bytes = built.allocated_bytes;
     outcome.elapsed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+}
+
+/// What merges in place wrote and proved, which was after the decision.
+fn note_grown(context: &Context<'_>, tree: &TreePlan, decided: &Decided<'_>, outcomes: &mut [Outcome]) {
+    for Grown { survivor, written, proof } in decided.grown() {
+        let own = |entry: &Entry| {
+            entry.into.is_some_and(|id| {
+                context.site.place(&context.scan.graph.node(id).key).is_ok_and(|place| place == survivor)
+            })
+        };
+        let index = tree.entries.iter().position(own);
+        let Some(outcome) = index.and_then(|index| outcomes.get_mut(index)) else { continue };
+        outcome.bytes_written = written.data_bytes;
+        outcome.metadata_bytes_written = written.metadata_bytes;
+        outcome.bytes_cloned = written.cloned_bytes;
+        outcome.planned_bytes = proof.planned_bytes;
+        outcome.compared_bytes = proof.compared_bytes;
+        let stat = context.site.at(&survivor).ok().and_then(|at| at.backend.stat(&survivor.path).ok());
+        outcome.new_bytes = stat.map_or(0, |stat| stat.allocated_bytes);
+    }
 }
 
 /// The record of what is to be done.
@@ -303,9 +324,13 @@ fn note_end(
         }
         if outcome.error.is_none() {
             old += outcome.into.map_or(0, |into| context.scan.allocated_bytes(into));
-            // Below zero while extents are shared with a member that stays: nothing came back.
-            let freed = old.saturating_sub(outcome.new_bytes);
-            if ended { outcome.bytes_freed_now = freed } else { outcome.bytes_held_until_purge = freed }
+            if ended {
+                // Below zero while extents are shared with a member that stays: nothing came back.
+                outcome.bytes_freed_now = old.saturating_sub(outcome.new_bytes);
+            } else {
+                // The new file is there already; of the old ones it shares what was cloned.
+                outcome.bytes_held_until_purge = old.saturating_sub(outcome.bytes_cloned);
+            }
         }
         outcome.undo_until_ns = changed.decided.undo_until().filter(|_| !ended && outcome.error.is_none());
     }
