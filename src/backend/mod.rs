@@ -85,7 +85,7 @@ pub trait Backend: Send + Sync + Debug {
     /// Swaps the files of two names, atomically: nobody ever finds either name missing or both of one file.
     /// Both must be regular files; two names of one file stay as they are. [`BackendError::is_unsupported`]
     /// where the store cannot, and nothing was changed. Only [`publish`] calls this. After a crash both
-    /// names are swapped or neither; swapped for sure only once the directories of both were synced.
+    /// names are swapped or neither; so the sync of either one's directory makes it last.
     fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()>;
 
     /// Gives a file one more name; [`BackendError::AlreadyExists`] if it is taken,

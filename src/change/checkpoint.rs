@@ -152,7 +152,10 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
         if named == edit.parent || named != edit.before {
             return Ok(false);
         }
-        let new = set_parent(&bytes, edit.parent.as_deref()).map_err(fail)?;
+        // A later operation was about this file: what it says is that one's business, however it looks.
+        if decided.is_overtaken(&edit.at)? {
+            return Ok(false);
+        }
         if keep(at, path, &edit.kept, &mark)? == Kept::Another {
             // From an earlier attempt, which the file outlived.
             release(at, &edit.kept)?;
@@ -166,6 +169,7 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
             let yard = Yard::of(at.backend, path).map_err(at.failed("make room beside"))?;
             let temporary = yard.temporary(decided.id(), &format!("checkpoint-{index}-{attempt}"));
             release(at, &temporary)?;
+            let new = set_parent(&bytes, edit.parent.as_deref()).map_err(fail)?;
             write(at, &temporary, &new, old.as_ref())?;
             temporary
         };

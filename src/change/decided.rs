@@ -131,12 +131,24 @@ impl<'s> Decided<'s> {
 
     /// Whether a later operation of the tree took this one back.
     pub fn is_undone(&self) -> Result<bool> {
+        self.is_followed(|commit| {
+            matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == self.name.generation)
+        })
+    }
+
+    /// Whether a later operation of the tree gives a checkpoint file another parent.
+    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {
+        self.is_followed(|commit| commit.checkpoints.iter().any(|edit| edit.at == *checkpoint))
+    }
+
+    /// Whether a later operation of the tree is such a one.
+    fn is_followed(&self, by: impl Fn(&Commit) -> bool) -> Result<bool> {
         let journal = self.journal()?;
         let later = journal.generations(&self.name.tree)?;
         for number in later.into_iter().filter(|number| *number > self.name.generation) {
             if let Found::Record(Claim { decision: Decision::Commit(commit), .. }) =
                 journal.claim(&self.name.tree, number)?
-                && matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == self.name.generation)
+                && by(&commit)
             {
                 return Ok(true);
             }

@@ -81,8 +81,8 @@ impl Checkpoint {
 
 /// The file with another parent, or with none.
 ///
-/// With a name only the text of `<parent><name>` changes (comments inside it stay); it is an error if there
-/// is no parent so far. Without one the `<parent>` element goes, and the white space before it. Nothing to
+/// With a name only the text of `<parent><name>` changes (comments inside it stay); if there is no parent so
+/// far, a `<parent>` element follows the `<name>`. Without one the `<parent>` element goes, and the white space before it. Nothing to
 /// change gives the same bytes, so that an edit can be repeated. The result was read again and says what
 /// was asked for.
 pub fn set_parent(xml: &[u8], parent: Option<&str>) -> Result<Vec<u8>, CheckpointError> {
@@ -97,10 +97,13 @@ pub fn set_parent(xml: &[u8], parent: Option<&str>) -> Result<Vec<u8>, Checkpoin
             if !allowed {
                 return Err(CheckpointError::BadName { name: name.to_owned() });
             }
+            let name = quick_xml::escape::escape(name);
             if places.parent_name.is_empty() {
-                return Err(CheckpointError::Shape { detail: "there is no parent whose name could change" });
+                let element = format!("<parent><name>{name}</name></parent>");
+                splice(xml, &[places.name_end..places.name_end], element.as_bytes())
+            } else {
+                splice(xml, &places.parent_name, name.as_bytes())
             }
-            splice(xml, &places.parent_name, quick_xml::escape::escape(name).as_bytes())
         }
     };
     let wanted = Checkpoint { name: places.checkpoint.name, parent: parent.map(str::to_owned) };
@@ -128,6 +131,8 @@ fn splice(xml: &[u8], ranges: &[Range<usize>], text: &[u8]) -> Vec<u8> {
 /// What a file says, and where.
 struct Places {
     checkpoint: Checkpoint,
+    /// Where the `<name>` element ends.
+    name_end: usize,
     /// The `<parent>` element and the white space before it; empty if there is none.
     parent_element: Range<usize>,
     /// The pieces of text in `<parent><name>`, in order.
@@ -155,6 +160,7 @@ struct Scan {
     open: Vec<(usize, Inside)>,
     roots: usize,
     name: Option<String>,
+    name_end: usize,
     parent_name: Option<String>,
     name_pieces: Vec<Range<usize>>,
     parent: Option<Range<usize>>,
@@ -277,6 +283,9 @@ impl Scan {
         {
             parent.end = span.end;
         }
+        if self.inside() == Inside::Name {
+            self.name_end = span.end;
+        }
         if self.open.last().is_some_and(|(depth, _)| *depth == self.depth) {
             self.open.pop();
         }
@@ -314,7 +323,9 @@ impl Scan {
         while parent_element.start > 0 && space_at(parent_element.start - 1) {
             parent_element.start -= 1;
         }
-        Ok(Places { checkpoint: Checkpoint { name, parent }, parent_element, parent_name: self.name_pieces })
+        let checkpoint = Checkpoint { name, parent };
+        let (name_end, parent_name) = (self.name_end, self.name_pieces);
+        Ok(Places { checkpoint, name_end, parent_element, parent_name })
     }
 }
 

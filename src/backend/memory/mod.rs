@@ -125,7 +125,7 @@ impl MemoryStore {
     ///
     /// Of names: each call's change is left or lost as a whole, and none without the earlier ones of the
     /// same name; other changes may overtake each other. A change is left for sure if the directory of
-    /// one of its names was synced since; an exchange, if those of both were. Of bytes: a piece of 4 KiB is
+    /// one of its names was synced since. Of bytes: a piece of 4 KiB is
     /// as it was synced or as it was last, or some of its sectors are; length and attributes likewise, each
     /// for itself. Different seeds also keep more or less of it all, some of them everything or nothing.
     pub fn crash_seeded(&self, seed: u64) {

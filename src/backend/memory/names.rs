@@ -91,10 +91,9 @@ impl Change {
         self.edits.iter().all(|edit| edit.synced)
     }
 
-    /// Whether a store that keeps changes whole must have it: an exchange if both directories were synced,
-    /// anything else if one was.
+    /// Whether a store that keeps changes whole must have it: if one of its directories was synced.
     fn is_promised(&self) -> bool {
-        if self.whole { self.is_synced() } else { self.edits.iter().any(|edit| edit.synced) }
+        self.edits.iter().any(|edit| edit.synced)
     }
 }
 
@@ -263,7 +262,9 @@ impl Names {
     /// Only what was synced is left, directory by directory.
     pub(super) fn crash(&mut self) -> Vec<Arc<Inode>> {
         for change in std::mem::take(&mut self.since) {
-            if !change.whole || change.is_synced() {
+            if change.whole && change.is_promised() {
+                change.apply(&mut self.base);
+            } else {
                 let synced = change.edits.iter().filter(|edit| edit.synced);
                 synced.for_each(|edit| edit.apply(&mut self.base));
             }

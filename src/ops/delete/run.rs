@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+use crate::backend::BackendError;
 use crate::chain::graph::{Key, NodeId};
 use crate::change::departure::{Departed, depart};
 use crate::change::publication::Published;
 use crate::change::record::{Commit, Departure as Leaves, Publication, Purpose};
 use crate::change::recover::{Action, Extent, finish};
 use crate::change::{Decided, Grown, Guard, Operation, checkpoint, tree};
-use crate::cloudstack::paths::checkpoint_of;
+use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
 use crate::failure::{Code, Failure};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::follow;
@@ -208,6 +209,11 @@ fn commit(
         let after = survivors.iter().position(|id| {
             key(*id).store == file.store && checkpoint_of(&key(*id).path).as_ref() == Some(&file.path)
         });
+        // A member that is no survivor reads on through what its header names; it came after the plan, or
+        // goes itself.
+        if after.is_none() && has_member(context, &file)? {
+            continue;
+        }
         checkpoints.push(checkpoint::record(operation, &file, edit, &format!("{number}.checkpoint"), after)?);
     }
     let mut departures: Vec<Leaves> = Vec::new();
@@ -237,6 +243,17 @@ fn commit(
         checkpoints,
         departures,
     })
+}
+
+/// Whether the member that a checkpoint file belongs to lies on the same store.
+fn has_member(context: &Context<'_>, checkpoint: &Key) -> Result<bool> {
+    let store = context.stores.get(checkpoint.store)?;
+    let Some(member) = snapshot_of(&checkpoint.path) else { return Ok(false) };
+    match store.backend().stat(&member) {
+        Ok(_) => Ok(true),
+        Err(BackendError::NotFound { .. }) => Ok(false),
+        Err(source) => Err(StoreError::backend(store, source).into()),
+    }
 }
 
 /// What became of a decided tree, told to its outcomes; what is due of its end is done.
