@@ -180,7 +180,7 @@ fn end(world: &Arc<World>, threads: &Threads) -> Result<(), String> {
     let lease = world.state().options.lease;
     let gave = act(Action::Recover, 3 * lease)?;
     world.state().truth.check(&world.memory, When::Recovered)?;
-    world.state().truth.check_claims(&world.memory)?;
+    world.state().truth.check_claims(&world.memory, When::Recovered)?;
     let disturbed = is_disturbed(world);
     match unended(&gave, false) {
         Some(left) if !disturbed => return Err(format!("not recovered: {left}")),

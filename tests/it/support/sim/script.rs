@@ -18,7 +18,7 @@ use qchain::store::scan::{Scan, ScanOptions};
 use qchain::store::{Store, StoreConfig, Stores, names};
 
 use super::backend::Shared;
-use super::truth::{Foreign, Presence};
+use super::truth::{Foreign, Presence, When};
 use super::world::{Life, Phase, World};
 
 /// One thing to do.
@@ -80,6 +80,7 @@ pub struct Gave {
 pub fn act(world: &Arc<World>, slot: usize, action: &Action) -> Option<Gave> {
     let life = world.live(slot);
     let action = expect(world, slot, action);
+    let undos_before = world.state().truth.undos_ended();
     let gave = attempt(world, life, &action);
     let alive = world.is_alive(life);
     let mut state = world.state();
@@ -91,13 +92,13 @@ pub fn act(world: &Arc<World>, slot: usize, action: &Action) -> Option<Gave> {
     state.note(|| format!("{slot} ENDS {action:?}: {told}"));
     let gave = gave.ok().filter(|_| alive);
     let nothing = Gave::default();
-    conclude(&mut state, &action, gave.as_ref().unwrap_or(&nothing));
+    conclude(&mut state, &action, gave.as_ref().unwrap_or(&nothing), undos_before);
     if gave.as_ref().is_some_and(|gave| !gave.done.is_empty() || !gave.back.is_empty()) {
-        let done = state.truth.check_claims(&world.memory);
+        let done = state.truth.check_claims(&world.memory, When::Instant);
         state.judge(done);
         state.truth.claims_last();
     }
-    let done = state.truth.check(&world.memory, super::truth::When::Instant);
+    let done = state.truth.check(&world.memory, When::Instant);
     state.judge(done);
     gave
 }
@@ -122,6 +123,7 @@ fn expect(world: &World, slot: usize, action: &Action) -> Action {
             for name in targets {
                 if let Some(member) = state.truth.members.get_mut(name) {
                     member.open += 1;
+                    member.asked = true;
                     member.presence = Presence::Either;
                     // By clones is what it chooses itself here.
                     member.in_place |= matches!(mode, ModeChoice::InPlace | ModeChoice::Auto);
@@ -130,6 +132,7 @@ fn expect(world: &World, slot: usize, action: &Action) -> Action {
         }
         Action::Undo => {
             state.truth.undos += 1;
+            state.truth.undos_begun += 1;
             for member in state.truth.members.values_mut().filter(|one| one.presence == Presence::Gone) {
                 member.presence = Presence::Either;
             }
@@ -140,8 +143,9 @@ fn expect(world: &World, slot: usize, action: &Action) -> Action {
 }
 
 /// What the action has changed for sure.
-fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave) {
-    let undos = state.truth.undos;
+fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave, undos_before: u32) {
+    // It may have been taken back by others before it ended.
+    let undos = state.truth.undos_begun - undos_before;
     let mut grace = 0;
     if let Action::Delete { targets, grace_ns, .. } = action {
         grace = *grace_ns;

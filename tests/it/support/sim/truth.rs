@@ -35,6 +35,8 @@ pub struct Member {
     pub spoilt: bool,
     /// It was asked away in place: its own view may end before its name.
     pub in_place: bool,
+    /// It was asked away once, and may have come back while what is below it was going.
+    pub asked: bool,
     /// Somebody else put it there while others worked.
     pub late: bool,
     pub foreign: Option<Foreign>,
@@ -51,6 +53,7 @@ impl Member {
             open: 0,
             spoilt: false,
             in_place: false,
+            asked: false,
             late: false,
             foreign: None,
             stamp: 0,
@@ -72,8 +75,9 @@ pub struct Truth {
     pub layout: Layout,
     pub members: BTreeMap<String, Member>,
     pub layers: Layers,
-    /// Undos under way.
+    /// Undos under way, and all that ever began.
     pub undos: u32,
+    pub undos_begun: u32,
     /// Whether there was no power cut since all was last in order.
     pub orderly: bool,
     claims: BTreeMap<StorePath, Seen>,
@@ -94,7 +98,20 @@ impl Truth {
     pub fn new(layout: Layout, template: &Template) -> Self {
         let members =
             template.members.iter().map(|made| (made.name.clone(), Member::new(made.view.clone()))).collect();
-        Self { layout, members, layers: Layers::default(), undos: 0, orderly: true, claims: BTreeMap::new() }
+        Self {
+            layout,
+            members,
+            layers: Layers::default(),
+            undos: 0,
+            undos_begun: 0,
+            orderly: true,
+            claims: BTreeMap::new(),
+        }
+    }
+
+    /// Undos that are over.
+    pub fn undos_ended(&self) -> u32 {
+        self.undos_begun - self.undos
     }
 
     /// Looks at everything; the first thing that is wrong.
@@ -136,7 +153,7 @@ impl Truth {
             // A deleted member's name comes back by a power cut, and what was below it does not.
             Err(_) if !orderly && member.presence == Presence::Either => return Ok(()),
             // Who comes while a name goes gets it back.
-            Err(_) if member.late && when == When::Instant => return Ok(()),
+            Err(_) if (member.late || member.asked) && when == When::Instant => return Ok(()),
             Err(broken) => return Err(format!("{name}: {broken}")),
         };
         if member.verified != chain.versions {
@@ -181,7 +198,7 @@ impl Truth {
             }
             if when == When::Instant {
                 let dangles = parent.as_ref().filter(|parent| self.checkpoint(store, parent).is_none());
-                if let Some(parent) = dangles.filter(|_| self.orderly && !member.late) {
+                if let Some(parent) = dangles.filter(|_| self.orderly && !member.late && !member.asked) {
                     return Err(format!("the checkpoint file of {name} names {parent}, which is gone"));
                 }
                 continue;
@@ -245,8 +262,9 @@ impl Truth {
         found
     }
 
-    /// Looks at all claims: whole ones never change, and numbers have no gaps.
-    pub fn check_claims(&mut self, store: &MemoryStore) -> Result<(), String> {
+    /// Looks at all claims: whole ones never change, and numbers have no gaps once nobody is at work (who
+    /// announced himself first may decide last).
+    pub fn check_claims(&mut self, store: &MemoryStore, when: When) -> Result<(), String> {
         let root = path(".qchain/generations");
         for tree in store.read_dir(&root).unwrap().iter().filter_map(|tree| tree.path_in(&root)) {
             let entries = store.read_dir(&tree).unwrap();
@@ -254,7 +272,7 @@ impl Truth {
             let mut claims: Vec<StorePath> = files.filter_map(|entry| entry.path_in(&tree)).collect();
             claims.sort();
             for (number, claim) in (1..).zip(&claims) {
-                if claim.file_name().parse() != Ok(number) {
+                if when != When::Instant && claim.file_name().parse() != Ok(number) {
                     return Err(format!("{claim} follows a gap"));
                 }
                 self.check_claim(store, claim)?;

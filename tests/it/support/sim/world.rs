@@ -17,7 +17,7 @@ use super::truth::{Truth, When};
 /// Calls of a history that goes round in circles.
 const MOST_CALLS: u64 = 200_000;
 /// How much of a trace is shown.
-const SHOWN: usize = 400;
+const SHOWN: usize = 2000;
 
 /// One call of a store.
 #[derive(Clone, Debug)]
@@ -278,7 +278,7 @@ impl World {
         }
         let mut state = self.state();
         if claims {
-            let done = state.truth.check_claims(&self.memory);
+            let done = state.truth.check_claims(&self.memory, When::Instant);
             state.judge(done);
         }
         if shown {
@@ -461,7 +461,7 @@ impl State {
         (0..self.slots.len()).for_each(|slot| self.kill(slot));
         let done = self.truth.check(&world.memory, When::Instant);
         self.judge(done);
-        let done = self.truth.check_claims(&world.memory);
+        let done = self.truth.check_claims(&world.memory, When::Instant);
         self.judge(done);
     }
 
