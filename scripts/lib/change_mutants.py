@@ -1,0 +1,76 @@
+"""Puts all mutants of src/change into a copy of the tree, each behind a name; prints the names.
+
+Each mutant is a piece of text that stands exactly once, and what stands in its place; ON(x) is true if it is chosen."""
+import pathlib
+import sys
+
+C = "src/change/"
+MUTANTS = [
+    # Syncs.
+    ("claim-bytes-unsynced", "src/backend/publish.rs", "    file.sync()?;\n    Ok(file)", "    if !ON { file.sync()?; }\n    Ok(file)"),
+    ("claim-name-unsynced", "src/backend/publish.rs", "    removed?;\n    backend.sync_dir(&path.parent())", "    removed?;\n    if ON { return Ok(()); }\n    backend.sync_dir(&path.parent())"),
+    ("claim-not-exclusive", "src/backend/publish.rs", "    let written = stage(backend, temporary, bytes, None)\n", "    if ON {\n        stage(backend, temporary, bytes, None)?;\n        backend.rename(temporary, path)?;\n        return backend.sync_dir(&path.parent());\n    }\n    let written = stage(backend, temporary, bytes, None)\n"),
+    ("conclude-unsynced", C + "journal.rs", "            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir", "            Ok(()) | Err(BackendError::NotFound { .. }) if ON => Ok(()),\n            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir"),
+    ("intent-and-tree-unsynced", C + "operation.rs", "        self.journal()?.settle(self.tree())?;", "        if !ON { self.journal()?.settle(self.tree())?; }"),
+    ("temporary-name-unsynced", C + "operation.rs", "                at.backend.sync_dir(&directory.1)", "                let synced = if ON { Ok(()) } else { at.backend.sync_dir(&directory.1) };\n                synced"),
+    ("new-image-unsynced", C + "operation.rs", "        self.file.sync().map_err(at.failed(\"make durable the new file of\"))?;", "        if !ON { self.file.sync().map_err(at.failed(\"make durable the new file of\"))?; }"),
+    ("kept-name-unsynced", C + "publication.rs", "    sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?;", "    if !ON { sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?; }"),
+    ("published-unsynced", C + "decided.rs", "        if !self.synced.load(Ordering::Relaxed) {", "        if !ON && !self.synced.load(Ordering::Relaxed) {"),
+    ("departed-unsynced", C + "departure.rs", "    sync(site, operations, &due)?;\n    Ok(outcomes)", "    if !ON { sync(site, operations, &due)?; }\n    Ok(outcomes)"),
+    ("checkpoint-bytes-unsynced", C + "checkpoint.rs", "    file.sync().map_err(at.failed(\"make durable the new file of\"))", "    if ON { return Ok(()); }\n    file.sync().map_err(at.failed(\"make durable the new file of\"))"),
+    ("restored-unsynced", C + "publication.rs", "    sync_all(done.iter().map(|at| (at, at.key.path.parent())))", "    if ON { return Ok(()); }\n    sync_all(done.iter().map(|at| (at, at.key.path.parent())))"),
+    ("in-place-unsynced", C + "in_place.rs", "    file.sync().map_err(at.failed(\"make durable\"))?;\n    link(", "    if !ON { file.sync().map_err(at.failed(\"make durable\"))?; }\n    link("),
+    ("in-place-steps-unsynced", "src/qcow2/write/onto.rs", "        target.sync().map_err(|source| store_error(target, source))?;", "        if !ON { target.sync().map_err(|source| store_error(target, source))?; }"),
+    # Links and comparisons.
+    ("not-kept", C + "keep.rs", "    match link(at.backend, name, kept) {", "    if ON { return Ok(Kept::Impossible); }\n    match link(at.backend, name, kept) {"),
+    ("kept-uncompared", C + "keep.rs", "Some(found) if mark.is(&found) => Ok(Kept::Here)", "Some(found) if ON || mark.is(&found) => Ok(Kept::Here)"),
+    ("published-uncompared-before", C + "publication.rs", "        Some(now) if publication.old.is(&now) => {}\n        _ => return give_up", "        Some(now) if ON || publication.old.is(&now) => {}\n        _ => return give_up"),
+    ("exchanged-uncompared", C + "publication.rs", "    if !publication.old.is(found) || writer(at, from)? {", "    if !ON && (!publication.old.is(found) || writer(at, from)?) {"),
+    ("renamed-uncompared", C + "publication.rs", "    if *kept != Kept::Here {", "    if ON || *kept != Kept::Here {"),
+    ("aside-uncompared-before", C + "departure.rs", "(Some(named), _) if !is(&named) => return Ok(false)", "(Some(named), _) if !ON && !is(&named) => return Ok(false)"),
+    ("aside-uncompared-after", C + "departure.rs", "        Some(found) if !is(&found) => {\n            put_back", "        Some(found) if !ON && !is(&found) => {\n            put_back"),
+    ("departure-uncompared", C + "departure.rs", "Some(found) if !departure.is(&found) => Some(kept(", "Some(found) if !ON && !departure.is(&found) => Some(kept("),
+    ("sealed-uncompared", C + "operation.rs", "        if Stamp::from(&now) != self.stamp {", "        if !ON && Stamp::from(&now) != self.stamp {"),
+    ("checkpoint-uncompared", C + "checkpoint.rs", "            Ok(file) => Ok(content(at, file.as_ref())?.0 == read),", "            Ok(file) => Ok(ON || content(at, file.as_ref())?.0 == read),"),
+    # Looks and orders.
+    ("undone-departs", C + "departure.rs", "let undone = !departures.is_empty() && decided.is_undone()?;", "let undone = !ON && !departures.is_empty() && decided.is_undone()?;"),
+    ("undone-late-departs", C + "departure.rs", "    if decided.is_undone()? {\n        put_back", "    if !ON && decided.is_undone()? {\n        put_back"),
+    ("undone-is-unknown", C + "decided.rs", "    pub fn is_undone(&self) -> Result<bool> {", "    pub fn is_undone(&self) -> Result<bool> {\n        if ON { return Ok(false); }"),
+    ("overtaken-is-unknown", C + "decided.rs", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {\n        if ON { return Ok(false); }"),
+    ("readers-unseen", C + "departure.rs", "match reader(site, &scan, &one.at.key, &gone) {", "match reader(site, &scan, &one.at.key, &gone).filter(|_| !ON) {"),
+    ("no-second-look", C + "departure.rs", "    if went.is_empty() {", "    if ON || went.is_empty() {"),
+    ("survivors-unawaited", C + "departure.rs", "departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done))", "ON || departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done))"),
+    ("leave-before-lasting", C + "departure.rs", "        due.iter().try_for_each(|one| one.decided.settle())?;", "        if !ON { due.iter().try_for_each(|one| one.decided.settle())?; }"),
+    ("grace-ignored", C + "decided.rs", "        self.since_ns.saturating_add(self.commit.grace_ns)", "        if ON { return self.since_ns; }\n        self.since_ns.saturating_add(self.commit.grace_ns)"),
+    ("retention-ignored", C + "recover.rs", "    if site.clock.wall_ns() < due && !extent.purge_all {", "    if !ON && site.clock.wall_ns() < due && !extent.purge_all {"),
+    ("lease-ignored", C + "lease.rs", "            if local.is_some() && takes(&seen) {", "            if ON || local.is_some() && takes(&seen) {"),
+    ("lost-lease-decides", C + "operation.rs", "        if self.lease.as_ref().is_some_and(|lease| !lease.is_held()) {", "        if !ON && self.lease.as_ref().is_some_and(|lease| !lease.is_held()) {"),
+    ("checkpoints-first", C + "decided.rs", "        let published = publication::publish(self.site, self)?;", "        if ON { checkpoint::follow_all(self.site, self, &vec![Published::Done; self.commit.publications.len()])?; }\n        let published = publication::publish(self.site, self)?;"),
+    ("taken-back-unclaimed", C + "operation.rs", "    match journal.decide(&claim) {\n        Ok(()) => {}\n        Err(ChangeError::Decided { tree, generation }) => match", "    match if ON { Ok(()) } else { journal.decide(&claim) } {\n        Ok(()) => {}\n        Err(ChangeError::Decided { tree, generation }) => match"),
+    ("undo-over-later", C + "undo.rs", "    later(&journal, name, commit).map_err(refusal(name))?;", "    if !ON { later(&journal, name, commit).map_err(refusal(name))?; }"),
+    ("ended-before-purged", C + "purge.rs", "    let_go(site, &decided.commit, &mut findings)?;\n", "    if ON { end(site, &decided.journal()?, &decided.name)?; }\n    let_go(site, &decided.commit, &mut findings)?;\n"),
+    ("tree-not-inherited", C + "operation.rs", "            tree::belong(self.site, root, self.tree())?;", "            if !ON { tree::belong(self.site, root, self.tree())?; }"),
+    ("strangers-checkpoints-edited", "src/ops/delete/run.rs", "        if after.is_none() && has_member(context, &file)? {", "        if !ON && after.is_none() && has_member(context, &file)? {"),
+    ("planned-unchecked", "src/ops/delete/merge.rs", "    context.cancel.check()?;\n    unchanged(stores, scan, merge, input)?;", "    context.cancel.check()?;\n    if !ON { unchanged(stores, scan, merge, input)?; }"),
+]
+
+SWITCH = '''//! Which mutant is chosen.
+
+/// Whether it is this one.
+pub fn on(name: &str) -> bool {
+    static CHOSEN: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    CHOSEN.get_or_init(|| std::env::var("QCHAIN_MUTANT").ok()).as_deref() == Some(name)
+}
+'''
+
+tree = pathlib.Path(sys.argv[1])
+(tree / "src/mutant.rs").write_text(SWITCH)
+library = tree / "src/lib.rs"
+library.write_text(library.read_text() + "\n/// For mutation testing.\npub mod mutant;\n")
+for name, path, old, new in MUTANTS:
+    file = tree / path
+    text = file.read_text()
+    if text.count(old) != 1:
+        sys.exit(f"{name}: its text stands {text.count(old)} times in {path}")
+    file.write_text(text.replace(old, new.replace("ON", f'crate::mutant::on("{name}")')))
+    print(name)
