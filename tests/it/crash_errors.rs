@@ -257,9 +257,9 @@ fn every_error_at_every_call_in_memory() {
                 let steps = if full() {
                     [1, 1, 1]
                 } else if all {
-                    [1, 17, 5]
+                    [1, 41, 11]
                 } else {
-                    [11, 97, 23]
+                    [17, 199, 41]
                 };
                 errors(&ground, &name, &chain, mode, steps, &mut table);
             }
@@ -279,7 +279,7 @@ fn every_error_at_every_call_on_a_file_system() {
         let mount = LoopMount::in_memory(fs, 512 << 20);
         let chain = Chain::make(Shape::Cloudstack, seed());
         let ground = Ground::Disk(mount.path().join("s"));
-        let steps = if full() { [1, 3, 1] } else { [5, 61, 17] };
+        let steps = if full() { [1, 3, 1] } else { [7, 89, 23] };
         errors(&ground, &format!("{fs:?}").to_lowercase(), &chain, mode, steps, &mut table);
     }
     table.finish();

@@ -7,6 +7,7 @@ mod change_cost;
 mod cli_read;
 mod conformance;
 mod crash_errors;
+mod crash_foreign;
 mod crash_kill;
 mod delete_cli;
 mod delete_deep;
