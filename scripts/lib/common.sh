@@ -69,6 +69,7 @@ package_of() {
         python3) echo python3 ;;
         cc) echo gcc libc6-dev ;;
         git) echo git ;;
+        strace) echo strace ;;
         *) die "no package is known for $1" ;;
     esac
 }
