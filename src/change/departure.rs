@@ -61,7 +61,7 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
                 departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
             let ready = published && now >= decided.grace_until();
             let waiting = match stat(&at, &departure.at.path)? {
-                None if !ready || !leaves_checkpoint(&at, departure)? => None,
+                None if !ready || !leaves_something(&at, departure)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
@@ -107,8 +107,12 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
     Ok(outcomes)
 }
 
-/// Whether a member's name went, but its checkpoint file's not yet.
-fn leaves_checkpoint(at: &At<'_>, departure: &Departure) -> Result<bool> {
+/// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
+/// the file was looked at once more that is the survivor's by now.
+fn leaves_something(at: &At<'_>, departure: &Departure) -> Result<bool> {
+    if departure.becomes.is_some() && stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)) {
+        return Ok(true);
+    }
     let Some(file) = &departure.checkpoint else { return Ok(false) };
     Ok(stat(at, &file.path)?.is_some_and(|found| file.mark.inode == found.id.inode))
 }
@@ -141,10 +145,12 @@ fn reader(site: &Site<'_>, scan: &Scan, member: &Key, gone: &BTreeSet<Key>) -> O
 /// Takes one name away: into trash, then a look at what went there.
 fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     let Due { departure, at, decided, .. } = one;
-    if departure.becomes.is_some() {
-        release(at, &departure.at.path)?;
-    } else if !put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))? {
+    if !put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))? {
         return Ok(kept(Code::ChangedMeanwhile, at, "another file has its name now; it was left alone"));
+    }
+    if departure.becomes.is_some() {
+        // It lives on under the survivor's name.
+        release(at, &departure.kept)?;
     }
     // An instance that was stopped for long may come too late: what was undone stays undone.
     if decided.is_undone()? {

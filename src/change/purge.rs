@@ -1,5 +1,6 @@
 //! The end of an operation: what it kept goes, then its intent.
 
+use crate::backend::Stat;
 use crate::change::decided::Decided;
 use crate::change::error::Result;
 use crate::change::in_place;
@@ -7,7 +8,7 @@ use crate::change::journal::Journal;
 use crate::change::keep::release;
 use crate::change::places::{IntentName, operation_of};
 use crate::change::publication::stat;
-use crate::change::record::{Commit, Mark, OperationId, Purpose};
+use crate::change::record::{Commit, OperationId, Purpose};
 use crate::change::site::{At, Site};
 use crate::change::{sweep, tree};
 use crate::failure::Code;
@@ -61,17 +62,17 @@ fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> {
 fn let_go(site: &Site<'_>, commit: &Commit, findings: &mut Vec<Finding>) -> Result<()> {
     for publication in &commit.publications {
         let at = site.at(&publication.at)?;
-        drop_kept(&at, &publication.kept, Some(&publication.old), findings)?;
+        drop_kept(&at, &publication.kept, |found| publication.old.is(found), findings)?;
     }
     for edit in &commit.checkpoints {
         let at = site.at(&edit.at)?;
-        drop_kept(&at, &edit.kept, None, findings)?;
+        drop_kept(&at, &edit.kept, |_| true, findings)?;
     }
     for departure in &commit.departures {
         let at = site.at(&departure.at)?;
-        drop_kept(&at, &departure.kept, Some(&departure.mark), findings)?;
+        drop_kept(&at, &departure.kept, |found| departure.is(found), findings)?;
         if let Some(file) = &departure.checkpoint {
-            drop_kept(&at, &file.kept, None, findings)?;
+            drop_kept(&at, &file.kept, |_| true, findings)?;
         }
         if stat(&at, &departure.at.path)?.is_none() {
             tree::forget(at.backend, &departure.at.path)?;
@@ -80,10 +81,15 @@ fn let_go(site: &Site<'_>, commit: &Commit, findings: &mut Vec<Finding>) -> Resu
     Ok(())
 }
 
-fn drop_kept(at: &At<'_>, kept: &StorePath, mark: Option<&Mark>, findings: &mut Vec<Finding>) -> Result<()> {
+fn drop_kept(
+    at: &At<'_>,
+    kept: &StorePath,
+    is: impl Fn(&Stat) -> bool,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
     match stat(at, kept)? {
         None => Ok(()),
-        Some(found) if mark.is_none_or(|mark| mark.is(&found)) => release(at, kept),
+        Some(found) if is(&found) => release(at, kept),
         Some(_) => {
             let message = format!("{kept} was changed after it was put there; it was left alone");
             findings.push(Finding { member: at.name.clone(), code: Code::TrashChanged, message });
