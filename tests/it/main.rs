@@ -24,6 +24,7 @@ mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
 mod power_cut;
+mod power_log;
 mod qcow2_check;
 mod qcow2_read;
 mod qemu_readers;

@@ -8,13 +8,12 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use qchain::backend::faulty::Faulty;
 use qchain::backend::posix::PosixStore;
+use qchain::change::Site;
 use qchain::change::recover::{Action, Recovered};
 use qchain::change::witness::Witness;
-use qchain::change::{Clock, Site, SystemClock};
 use qchain::ops::delete::{ModeChoice, Terms};
 use qchain::ops::recover::{purge, recover};
 use qchain::progress::Cancel;
@@ -23,6 +22,7 @@ use super::support::crash::{
     Chain, Files, Judge, Row, Shape, Table, difference, full, left_inside, outside, seed, word,
 };
 use super::support::killing::{LONG, Verb, act, mutations};
+use super::support::later::Later;
 use super::support::mounts::{Cut, FsKind, LoopMount};
 use super::support::store::{open, open_with};
 
@@ -88,23 +88,6 @@ struct Room {
 struct States {
     before: Files,
     after: Files,
-}
-
-/// The machine's clock, moved on.
-struct Later(i64);
-
-impl Clock for Later {
-    fn wall_ns(&self) -> i64 {
-        SystemClock.wall_ns() + self.0
-    }
-
-    fn elapsed(&self) -> Duration {
-        SystemClock.elapsed()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        SystemClock.sleep(duration);
-    }
 }
 
 impl Room {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use qchain::change::Site;
 use qchain::change::recover::Action;
 use qchain::change::witness::Witness;
-use qchain::change::{Clock, Site, SystemClock};
 use qchain::failure::{Failure, Kind as FailureKind, with_causes};
 use qchain::ops::delete::{ModeChoice, Terms};
 use qchain::ops::recover::recover;
@@ -17,6 +17,7 @@ use qchain::store::record::StoreKind;
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
 use super::support::crash::{full, seed};
+use super::support::later::Later;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{run, text};
 use super::support::reader::Layers;
@@ -125,27 +126,10 @@ fn a_reader_sees_no_difference_during_many_merges() {
     eprintln!("{merges} merges, {views} views compared, {again} opened again as a name had gone");
 }
 
-/// The machine's clock, moved on.
-struct Later(i64);
-
-impl Clock for Later {
-    fn wall_ns(&self) -> i64 {
-        SystemClock.wall_ns() + self.0
-    }
-
-    fn elapsed(&self) -> Duration {
-        SystemClock.elapsed()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        SystemClock.sleep(duration);
-    }
-}
-
 fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "{what} did not come");
+        assert!(begun.elapsed() < Duration::from_mins(2), "{what} did not come");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -58,6 +58,7 @@ impl Cut {
 pub struct LoopMount {
     // Holds both the image file and the mount point; removed after the unmount in `drop`.
     directory: TempDir,
+    kind: FsKind,
     mounted: bool,
 }
 
@@ -80,7 +81,7 @@ impl LoopMount {
             .prefix("qchain-mount-")
             .tempdir_in(parent)
             .unwrap_or_else(|error| panic!("no temporary directory for a {kind:?} mount: {error}"));
-        let mut mount = Self { directory, mounted: false };
+        let mut mount = Self { directory, kind, mounted: false };
         let image = mount.image();
         let sized = File::create(&image).and_then(|file| file.set_len(bytes));
         sized.unwrap_or_else(|error| panic!("cannot make a file of {bytes} bytes: {error}"));
@@ -88,27 +89,43 @@ impl LoopMount {
             .unwrap_or_else(|error| panic!("cannot make a mount point: {error}"));
         let [program, options @ ..] = kind.mkfs() else { panic!("no program for {kind:?}") };
         run(Command::new(program).args(options).arg(&image));
-        mount.mount();
+        mount.mount(&image);
         mount
     }
 
-    fn image(&self) -> PathBuf {
+    /// The file that has the file system.
+    pub fn image(&self) -> PathBuf {
         self.directory.path().join("image")
     }
 
-    fn mount(&mut self) {
-        run(Command::new("mount").args(["-o", "loop"]).arg(self.image()).arg(self.path()));
+    /// Mounts that file, its own or another with such a file system. Nothing may be mounted now.
+    pub fn mount(&mut self, image: &Path) {
+        assert!(!self.mounted);
+        let options = match self.kind {
+            FsKind::Btrfs => {
+                // It remembers file systems by their ids, and takes an older state of one for a mistake.
+                let _ = Command::new("btrfs").args(["device", "scan", "--forget"]).output();
+                "loop,nodiscard"
+            }
+            FsKind::Xfs | FsKind::Ext4 => "loop",
+        };
+        run(Command::new("mount").args(["-o", options]).arg(image).arg(self.path()));
         self.mounted = true;
     }
 
     /// Unmounts and mounts again; nothing of it may be open.
     pub fn remount(&mut self) {
+        self.unmount();
+        self.mount(&self.image());
+    }
+
+    /// Unmounts; nothing of it may be open.
+    pub fn unmount(&mut self) {
         assert!(self.leave(), "{} is still in use", self.path().display());
-        self.mount();
     }
 
     /// Unmounts, waiting a little for whoever closes a file a moment later than he should.
-    fn leave(&mut self) -> bool {
+    pub fn leave(&mut self) -> bool {
         for _ in 0..50 {
             if umount(&self.path(), &[]) {
                 self.mounted = false;
