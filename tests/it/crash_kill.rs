@@ -14,7 +14,7 @@ use qchain::backend::faulty::Faulty;
 use qchain::backend::posix::PosixStore;
 use qchain::change::recover::{Action, Recovered};
 use qchain::change::witness::Witness;
-use qchain::change::{Clock, Site, SystemClock};
+use qchain::change::{Site, SystemClock};
 use qchain::ops::delete::{ModeChoice, Terms};
 use qchain::ops::recover::{purge, recover};
 use qchain::progress::Cancel;
@@ -24,6 +24,7 @@ use super::support::crash::{
     Chain, Files, Judge, Row, Shape, Table, difference, full, left_inside, outside, seed, word,
 };
 use super::support::killing::{Death, LONG, Order, Verb, act, mutations, obey};
+use super::support::later::Later;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::store::{open, open_with};
 
@@ -263,23 +264,6 @@ fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: 
         row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
         states.tell(room, &mut row);
         table.rows.push(row);
-    }
-}
-
-/// The machine's clock, moved on.
-struct Later(i64);
-
-impl Clock for Later {
-    fn wall_ns(&self) -> i64 {
-        SystemClock.wall_ns() + self.0
-    }
-
-    fn elapsed(&self) -> Duration {
-        SystemClock.elapsed()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        SystemClock.sleep(duration);
     }
 }
 

@@ -258,10 +258,10 @@ impl Room {
         }
         let second = self.rival(chain, case);
         row.before = chain.wrong(&self.judge, &outside(&self.root), false);
-        let status = first.go_on();
+        let ended = first.go_on();
         row.before.extend(chain.wrong(&self.judge, &outside(&self.root), false));
-        if !status.success() {
-            row.after.push(format!("the first: {status}"));
+        if !ended.success() {
+            row.after.push(format!("the first: {ended}"));
             return row;
         }
         let said = self.said();
