@@ -9,7 +9,10 @@ use crate::change::places::IntentName;
 use crate::change::publication::{has, stat};
 use crate::change::record::{CheckpointEdit, Claim, Commit, Decision, Place, Publication, Purpose, Restore};
 use crate::change::site::Site;
-use crate::cloudstack::paths::checkpoint_of;
+use crate::cloudstack::backing::{At as NamedAt, NameMap, Target};
+use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
+use crate::ids::StorePath;
+use crate::qcow2::Image;
 
 /// Decides that an operation is taken back. The result is to be published as any decision; nothing has
 /// changed before that.
@@ -75,6 +78,7 @@ fn decide<'s>(
     let journal = Journal::new(site.stores.get(home)?.backend());
     later(&journal, name, commit).map_err(refusal(name))?;
     let mut reversed = reverse(site, &operation, commit).map_err(refusal(name))?;
+    stands(site, &reversed).map_err(refusal(name))?;
     reversed.purpose = Purpose::Undo { operation: name.operation.clone(), generation: name.generation };
     // Each may be the root again.
     let roots =
@@ -122,6 +126,31 @@ fn later(journal: &Journal, name: &IntentName, commit: &Commit) -> std::result::
         Some((_, operation)) => Err(Conflict::With(format!("the later operation {operation} builds on it"))),
         None => Ok(()),
     }
+}
+
+/// Whether everything is there that the old files read through: a later operation may have deleted it, which
+/// nobody read any more.
+fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict> {
+    let names = NameMap::new(site.stores.iter().map(|(_, store)| store.names()).collect());
+    let restored = commit.restores.iter().map(|one| site.key(&one.at)).collect::<Result<Vec<Key>>>()?;
+    let exists = |store: usize, path: &StorePath| {
+        restored.contains(&Key { store, path: path.clone() })
+            || site.backend(store).is_ok_and(|backend| backend.stat(path).is_ok())
+    };
+    let members = commit.restores.iter().map(|one| (&one.at, &one.kept));
+    let files = members.chain(commit.publications.iter().map(|one| (&one.at, &one.from)));
+    for (place, file) in files.filter(|(place, _)| snapshot_of(&place.path).is_none()) {
+        let at = site.at(place)?;
+        let opened = at.backend.open(file).map_err(at.failed("open the old file of"))?;
+        let image = Image::open(opened, &at.name)
+            .map_err(|error| Conflict::With(format!("the old file of {} is damaged: {error}", at.name)))?;
+        let Some(backing) = &image.header().backing else { continue };
+        let child = NamedAt { store: at.key.store, path: &at.key.path };
+        if names.resolve(&backing.name, child, &exists) == Target::Missing {
+            return Err(Conflict::With(format!("what {} reads through was deleted since", at.name)));
+        }
+    }
+    Ok(())
 }
 
 /// What takes a decision back.
