@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ fn a_process_kills_itself() {
     }
     let folder = tempfile::tempdir().unwrap();
     let chain = Chain::make(Shape::Tip, 1);
-    let room = Room::new(folder.path().to_owned(), FsKind::Ext4);
+    let room = Room::new(folder.path(), FsKind::Ext4);
     chain.put(&room.root);
     let order = room.order(&chain, Verb::Delete, ModeChoice::Auto);
     assert_eq!(order.dying(Death::Before(0)).run().unwrap().len(), 1);
@@ -57,7 +57,7 @@ struct Room {
 }
 
 impl Room {
-    fn new(directory: PathBuf, fs: FsKind) -> Self {
+    fn new(directory: &Path, fs: FsKind) -> Self {
         Self { root: directory.join("s"), fs, judge: Judge::default(), aside: tempfile::tempdir().unwrap() }
     }
 
@@ -290,7 +290,7 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
             let waits =
                 recovered.iter().any(|one| matches!(one.action, Action::Grace(_) | Action::Retention(_)));
             let names = chain.deleted.iter().filter(|name| room.root.join(name).exists()).count();
-            if waits && (names > 0) != name_stays || waits && days == 2 {
+            if waits && ((names > 0) != name_stays || days == 2) {
                 row.after.push(format!("after {days} days: {names} names, {recovered:?}"));
             }
         }
@@ -302,7 +302,7 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
 /// All shapes and modes of one file system.
 fn matrix(fs: FsKind) {
     let mount = LoopMount::in_memory(fs, 512 << 20);
-    let room = Room::new(mount.path(), fs);
+    let room = Room::new(&mount.path(), fs);
     let mut table = Table::new(&format!("crash-kill-{fs:?}").to_lowercase());
     // Of each file system one case is always complete.
     let complete = match fs {
@@ -338,7 +338,7 @@ fn a_delete_is_killed_on_ext4() {
 /// Recovery, undo, and deletions whose files stay for a while.
 fn sequels(fs: FsKind, modes: &[ModeChoice], shapes: &[Shape]) {
     let mount = LoopMount::in_memory(fs, 512 << 20);
-    let room = Room::new(mount.path(), fs);
+    let room = Room::new(&mount.path(), fs);
     let mut table = Table::new(&format!("crash-sequels-{fs:?}").to_lowercase());
     for shape in shapes {
         let chain = Chain::make(*shape, seed());

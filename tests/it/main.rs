@@ -8,6 +8,7 @@ mod cli_read;
 mod conformance;
 mod crash_errors;
 mod crash_foreign;
+mod crash_incoming;
 mod crash_kill;
 mod delete_cli;
 mod delete_deep;

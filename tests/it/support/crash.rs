@@ -231,7 +231,7 @@ impl Judge {
         key.update(text(truth).as_bytes());
         for (name, bytes) in &chain {
             key.update(name.as_bytes());
-            key.update(bytes.map_or(blake3::hash(b"missing"), |bytes| blake3::hash(bytes)).as_bytes());
+            key.update(bytes.map_or(blake3::hash(b"missing"), blake3::hash).as_bytes());
         }
         let mut views = self.views.lock().unwrap();
         views.entry(key.finalize()).or_insert_with(|| compare(&self.put(&chain), member, truth)).clone()
@@ -264,7 +264,9 @@ impl Judge {
         }
         let place = |name: &str| self.scratch.path().join(name.rsplit('/').next().unwrap());
         for (name, bytes) in files {
-            bytes.iter().for_each(|bytes| fs::write(place(name), bytes).unwrap());
+            if let Some(bytes) = bytes {
+                fs::write(place(name), bytes).unwrap();
+            }
         }
         place(&files[0].0)
     }
