@@ -160,6 +160,10 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     if let Some(KeptFile { path, mark, kept }) = &departure.checkpoint {
         // Edited since by its owner, it stays: it is not ours to judge.
         put_aside(at, path, kept, |found| mark.inode == found.id.inode)?;
+        if decided.is_undone()? {
+            put_back(at, &departure.at.path, &departure.kept)?;
+            put_back(at, path, kept)?;
+        }
     }
     Ok(Departed::Gone)
 }

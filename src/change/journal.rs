@@ -8,7 +8,7 @@ use crate::backend::publish::{claim, offer, replace};
 use crate::backend::{Backend, BackendError};
 use crate::change::error::{ChangeError, Result};
 use crate::change::places::{self, IntentName};
-use crate::change::record::{Claim, Freeze, Intent, MAX_BYTES, OperationId, TreeId, encode};
+use crate::change::record::{Claim, Decision, Freeze, Intent, MAX_BYTES, OperationId, TreeId, encode};
 use crate::ids::StorePath;
 use crate::store::facts::read_whole;
 use crate::store::record::own;
@@ -91,8 +91,14 @@ impl Journal {
     pub fn settle(&self, tree: &TreeId) -> Result<()> {
         let intents = own(&["intents"]);
         self.backend.sync_dir(&intents).map_err(failed("sync", &intents))?;
+        self.make_room(tree)
+    }
+
+    /// Makes the place for a tree's claims, durable before the first of them lies there: whoever finds it empty
+    /// cannot know whether its maker came to that.
+    fn make_room(&self, tree: &TreeId) -> Result<()> {
         let claims = places::generations(tree);
-        if self.ensure(&claims)? {
+        if self.ensure(&claims)? || self.generations(tree)?.is_empty() {
             self.backend.sync_dir(&claims.parent()).map_err(failed("sync", &claims))?;
         }
         Ok(())
@@ -139,9 +145,9 @@ impl Journal {
     pub fn decide(&self, record: &Claim) -> Result<()> {
         let path = places::generation(&record.tree, record.generation);
         let temporary = places::temporary(&record.operation, &format!("claim-{}", record.nonce));
-        if self.ensure(&path.parent())? {
-            let parent = path.parent().parent();
-            self.backend.sync_dir(&parent).map_err(failed("sync", &parent))?;
+        // A commit has settled before.
+        if record.decision == Decision::Abort {
+            self.make_room(&record.tree)?;
         }
         match claim(self.backend.as_ref(), &temporary, &path, &encode(record)) {
             Err(BackendError::AlreadyExists { .. }) => {
