@@ -9,7 +9,7 @@ use crate::change::decided::Decided;
 use crate::change::error::Result;
 use crate::change::keep::{release, sync_all};
 use crate::change::publication::{Published, stat};
-use crate::change::record::{Departure, KeptFile};
+use crate::change::record::{Departure, KeptFile, Publication};
 use crate::change::site::{At, Site};
 use crate::failure::Code;
 use crate::ids::StorePath;
@@ -207,6 +207,18 @@ fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
     }
 }
 
+/// Gives the survivor's file its other name back, if that is free: whoever came to read through it finds it,
+/// and reads what all see who came since the merge.
+fn name_again(at: &At<'_>, publication: &Publication, name: &StorePath) -> Result<()> {
+    if !stat(at, &publication.at.path)?.is_some_and(|found| publication.is_new(&found)) {
+        return Ok(());
+    }
+    match link(at.backend, &publication.at.path, name) {
+        Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
+        Err(source) => Err(at.failed("put back")(source)),
+    }
+}
+
 /// Looks again: a member that got a reader while its name went gets the name back, with all below it.
 fn come_back(
     site: &Site<'_>,
@@ -232,8 +244,9 @@ fn come_back(
             continue;
         }
         let departure = one.departure;
-        if departure.becomes.is_none() {
-            put_back(&one.at, &departure.at.path, &departure.kept)?;
+        match departure.becomes.and_then(|index| one.decided.commit.publications.get(index)) {
+            None => put_back(&one.at, &departure.at.path, &departure.kept)?,
+            Some(publication) => name_again(&one.at, publication, &departure.at.path)?,
         }
         if let Some(KeptFile { path, kept, .. }) = &departure.checkpoint {
             put_back(&one.at, path, kept)?;
