@@ -22,10 +22,13 @@ use tempfile::TempDir;
 /// How long the kernel may believe what it was told: nothing changes but by its own hand.
 const FOREVER: Duration = Duration::from_hours(24);
 const FILE: INodeNo = INodeNo(2);
-/// The unit in which changed bytes are kept, and in which writes tear.
+/// The unit in which changed bytes are kept.
 const PAGE: usize = 4096;
-/// What a disk writes whole.
+/// Where a write may tear.
 pub const SECTOR: usize = 512;
+/// What is written whole or not at all: btrfs counts on that for its superblock, and cannot be mounted after
+/// a disk that tears it.
+pub const WHOLE: usize = 4096;
 
 /// What came to the disk.
 #[derive(Clone, Debug)]
