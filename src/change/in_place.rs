@@ -67,8 +67,11 @@ pub fn complete(
     if let Err(error) = grow(site, decided, plan, &at, &file) {
         // The store's own failures are tried again by recovery; all others end the attempt: nothing is lost
         // before the switch but what was added.
+        let state = switch_state(&plan.switch, file.as_ref());
         return match error.kind() {
             Kind::Io | Kind::Busy => Err(error),
+            // It is the survivor's already, or half of it is: there is no way back.
+            Kind::NoSpace if !matches!(state, Ok(Switched::Not | Switched::Foreign)) => Err(error),
             _ => {
                 cut_off(&at, plan, &file)?;
                 let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
@@ -186,8 +189,9 @@ fn cut_off(at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFile>) -> Result<()>
     let image = Image::open(file.clone(), &at.name)
         .map_err(|error| StoreError::Image { member: at.name.clone(), source: error })?;
     if !is_switched(&image, plan) && image.file_length() > plan.length {
+        // Not synced: it may be a sync that failed, and a power cut brings back no more than bytes behind the
+        // image's end.
         file.set_length(plan.length).map_err(at.failed("shorten"))?;
-        file.sync().map_err(at.failed("make durable"))?;
     }
     Ok(())
 }
