@@ -100,7 +100,8 @@ pub fn set_parent(xml: &[u8], parent: Option<&str>) -> Result<Vec<u8>, Checkpoin
             let name = quick_xml::escape::escape(name);
             if places.parent_name.is_empty() {
                 let element = format!("<parent><name>{name}</name></parent>");
-                splice(xml, &[places.name_end..places.name_end], element.as_bytes())
+                let behind_name = Range { start: places.name_end, end: places.name_end };
+                splice(xml, &[behind_name], element.as_bytes())
             } else {
                 splice(xml, &places.parent_name, name.as_bytes())
             }

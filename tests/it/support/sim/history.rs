@@ -65,7 +65,8 @@ fn troubles(dice: &mut Dice) -> Troubles {
         stalls: small(stalls),
         foreigners: small(foreigners),
         errors: small(errors),
-        rate: dice.pick(&[10, 25, 60]),
+        rate: dice.pick(&[3, 10, 25, 60]),
+        quiet: dice.below(4) * dice.below(60),
     }
 }
 

@@ -18,7 +18,7 @@ use qchain::store::scan::{Scan, ScanOptions};
 use qchain::store::{Store, StoreConfig, Stores, names};
 
 use super::backend::Shared;
-use super::truth::{Foreign, Presence, When};
+use super::truth::{Foreign, Member, Presence, When};
 use super::world::{Life, Phase, World};
 
 /// One thing to do.
@@ -124,6 +124,7 @@ fn expect(world: &World, slot: usize, action: &Action) -> Action {
                 if let Some(member) = state.truth.members.get_mut(name) {
                     member.open += 1;
                     member.asked = true;
+                    member.asked_times += 1;
                     member.presence = Presence::Either;
                     // By clones is what it chooses itself here.
                     member.in_place |= matches!(mode, ModeChoice::InPlace | ModeChoice::Auto);
@@ -158,7 +159,7 @@ fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave, undos
     if let Action::Undo = action {
         state.truth.undos -= 1;
     }
-    let foreign = |member: &super::truth::Member| member.foreign.is_some();
+    let foreign = |member: &Member| member.foreign.is_some();
     for name in gave.done.iter().filter(|_| grace == 0 && undos == 0) {
         if let Some(member) = state.truth.members.get_mut(name).filter(|member| !foreign(member)) {
             member.presence = Presence::Gone;
@@ -166,7 +167,9 @@ fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave, undos
     }
     for name in &gave.back {
         let member = state.truth.members.get_mut(name);
-        if let Some(member) = member.filter(|member| member.open == 0 && !foreign(member)) {
+        // Deleted twice and taken back once it still goes.
+        let once = |member: &&mut Member| member.open == 0 && member.asked_times < 2 && !foreign(member);
+        if let Some(member) = member.filter(once) {
             member.presence = Presence::Must;
         }
     }
@@ -278,6 +281,6 @@ pub fn unended(gave: &Gave, end: bool) -> Option<String> {
 /// Whether others had a hand in it.
 pub fn is_disturbed(world: &World) -> bool {
     let state = world.state();
-    let foreign = |member: &super::truth::Member| matches!(member.foreign, Some(Foreign::File { .. }));
+    let foreign = |member: &Member| matches!(member.foreign, Some(Foreign::File { .. }));
     state.disturbed || state.truth.members.values().any(foreign)
 }

@@ -37,6 +37,8 @@ pub struct Member {
     pub in_place: bool,
     /// It was asked away once, and may have come back while what is below it was going.
     pub asked: bool,
+    /// How often it was.
+    pub asked_times: u32,
     /// Somebody else put it there while others worked.
     pub late: bool,
     pub foreign: Option<Foreign>,
@@ -54,6 +56,7 @@ impl Member {
             spoilt: false,
             in_place: false,
             asked: false,
+            asked_times: 0,
             late: false,
             foreign: None,
             stamp: 0,
@@ -80,6 +83,8 @@ pub struct Truth {
     pub undos_begun: u32,
     /// Whether there was no power cut since all was last in order.
     pub orderly: bool,
+    /// Whether there was a power cut at all: who announced himself and is forgotten never takes his number.
+    cut: bool,
     claims: BTreeMap<StorePath, Seen>,
 }
 
@@ -105,6 +110,7 @@ impl Truth {
             undos: 0,
             undos_begun: 0,
             orderly: true,
+            cut: false,
             claims: BTreeMap::new(),
         }
     }
@@ -276,7 +282,7 @@ impl Truth {
             let mut claims: Vec<StorePath> = files.filter_map(|entry| entry.path_in(&tree)).collect();
             claims.sort();
             for (number, claim) in (1..).zip(&claims) {
-                if when != When::Instant && claim.file_name().parse() != Ok(number) {
+                if when != When::Instant && !self.cut && claim.file_name().parse() != Ok(number) {
                     return Err(format!("{claim} follows a gap"));
                 }
                 self.check_claim(store, claim)?;
@@ -314,6 +320,7 @@ impl Truth {
 
     /// A power cut: claims that nobody was told of may be gone, and versions of files mean nothing.
     pub fn power_cut(&mut self) {
+        self.cut = true;
         self.claims.retain(|_, seen| seen.lasting);
         self.orderly = false;
         self.layers.forget();

@@ -92,6 +92,8 @@ pub struct Troubles {
     pub errors: u32,
     /// One in so many mutating calls is in for one.
     pub rate: u64,
+    /// How many mutating calls go well before.
+    pub quiet: u64,
 }
 
 /// How the store and its users are.
@@ -402,6 +404,10 @@ impl State {
 
     /// Something may go wrong with this call, or beside it.
     fn trouble(&mut self, world: &World, life: Life, mutates: bool) -> Verdict {
+        if self.troubles.quiet > 0 {
+            self.troubles.quiet -= u64::from(mutates);
+            return Verdict::Go;
+        }
         let rate = if mutates { self.troubles.rate } else { self.troubles.rate * 8 };
         if !self.dice.once_in(rate) {
             return Verdict::Go;
