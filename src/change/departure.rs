@@ -60,8 +60,9 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let published =
                 departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
             let ready = published && now >= decided.grace_until();
+            let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let waiting = match stat(&at, &departure.at.path)? {
-                None if !ready || !leaves_something(&at, departure)? => None,
+                None if !ready || !leaves_something(&at, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
@@ -108,9 +109,12 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
 }
 
 /// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
-/// the file was looked at once more that is the survivor's by now.
-fn leaves_something(at: &At<'_>, departure: &Departure) -> Result<bool> {
-    if departure.becomes.is_some() && stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)) {
+/// the file was looked at once more that is the survivor's by now. Before its end (`ends`) a kept file is
+/// reason enough: whoever let the name go may have died before he looked for readers again.
+fn leaves_something(at: &At<'_>, departure: &Departure, ends: bool) -> Result<bool> {
+    if (ends || departure.becomes.is_some())
+        && stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found))
+    {
         return Ok(true);
     }
     let Some(file) = &departure.checkpoint else { return Ok(false) };

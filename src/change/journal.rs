@@ -8,7 +8,9 @@ use crate::backend::publish::{claim, offer, replace};
 use crate::backend::{Backend, BackendError};
 use crate::change::error::{ChangeError, Result};
 use crate::change::places::{self, IntentName};
-use crate::change::record::{Claim, Decision, Freeze, Intent, MAX_BYTES, OperationId, TreeId, encode};
+use crate::change::record::{
+    Claim, Decision, Freeze, Intent, MAX_BYTES, OperationId, Purpose, TreeId, encode,
+};
 use crate::ids::StorePath;
 use crate::store::facts::read_whole;
 use crate::store::record::own;
@@ -121,6 +123,19 @@ impl Journal {
         let mut numbers: Vec<u64> = names.iter().filter_map(|name| places::number(name)).collect();
         numbers.sort_unstable();
         Ok(numbers)
+    }
+
+    /// Whether a later operation of the tree takes that one back.
+    pub fn is_undone(&self, tree: &TreeId, number: u64) -> Result<bool> {
+        for later in self.generations(tree)?.into_iter().filter(|later| *later > number) {
+            if let Found::Record(Claim { decision: Decision::Commit(commit), .. }) =
+                self.claim(tree, later)?
+                && matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == number)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// All trees that have claims here.

@@ -205,16 +205,13 @@ impl<'s> Operation<'s> {
         match self.journal()?.decide(&claim) {
             Ok(()) => {}
             Err(error @ ChangeError::Decided { .. }) => return Err(error),
-            // The name may have been taken for all that; then it stands.
-            Err(error) => match self.journal()?.claim(&claim.tree, claim.generation) {
-                Ok(super::journal::Found::Record(found)) if found == claim => {}
-                Ok(super::journal::Found::Nothing) => return Err(error),
-                _ => {
-                    // Unknown: recovery will see.
-                    self.open = false;
-                    return Err(error);
-                }
-            },
+            // The name may have been taken for all that, and then may not last: nothing is built on it here.
+            // Recovery will see.
+            Err(error) => {
+                let claimed = self.journal()?.claim(&claim.tree, claim.generation);
+                self.open = matches!(claimed, Ok(super::journal::Found::Nothing));
+                return Err(error);
+            }
         }
         self.open = false;
         let lease = self.lease.take();

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use crate::backend::publish::link;
 use crate::backend::{BackendError, LockKind};
 use crate::change::error::{ChangeError, Result};
-use crate::change::journal::Journal;
+use crate::change::journal::{Found, Journal};
 use crate::change::places::operation_of;
-use crate::change::record::OperationId;
+use crate::change::record::{Decision, OperationId};
 use crate::change::site::Site;
 use crate::ids::StorePath;
 use crate::store::record::own;
@@ -53,8 +54,12 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
         let parent = own(&[directory]);
         let goes = match operation_of(&name) {
             Some(operation) if open.contains(&operation) => false,
-            // Nothing is put there but by an operation with an intent, and that goes last.
-            Some(_) if directory == "trash" => true,
+            // Nothing is put there but by an operation with an intent, and that goes last: an instance that was
+            // stopped came too late.
+            Some(operation) if directory == "trash" => {
+                give_back(site, index, &operation, &parent, &name)?;
+                true
+            }
             _ if directory == "trash" => false,
             _ => is_alone(site, index)? || is_old(site, index, &parent, &name),
         };
@@ -64,6 +69,48 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
         }
     }
     Ok(removed)
+}
+
+/// Gives a late departure its name back, if that is free and its operation was undone: the file may be the only
+/// one there is.
+fn give_back(
+    site: &Site<'_>,
+    store: usize,
+    operation: &OperationId,
+    directory: &StorePath,
+    name: &str,
+) -> Result<()> {
+    let Ok(kept) = directory.join(name) else { return Ok(()) };
+    for (_, home) in site.stores.iter() {
+        let journal = Journal::new(home.backend());
+        for tree in journal.trees()? {
+            for number in journal.generations(&tree)? {
+                let Found::Record(claim) = journal.claim(&tree, number)? else { continue };
+                let Decision::Commit(commit) = &claim.decision else { continue };
+                if claim.operation != *operation || !journal.is_undone(&tree, number)? {
+                    continue;
+                }
+                for departure in &commit.departures {
+                    let at = site.at(&departure.at)?;
+                    let checkpoint = departure.checkpoint.as_ref().filter(|file| file.kept == kept);
+                    let path = match checkpoint {
+                        Some(file) => &file.path,
+                        None if departure.kept == kept => &departure.at.path,
+                        None => continue,
+                    };
+                    if at.key.store == store {
+                        match link(at.backend, &kept, path) {
+                            Ok(())
+                            | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => {}
+                            Err(source) => return Err(at.failed("put back")(source)),
+                        }
+                        at.backend.sync_dir(&path.parent()).map_err(at.failed("sync the directory of"))?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether no other process of this host works on a store.

@@ -38,7 +38,7 @@ impl Shared {
 
     fn act<T>(
         &self,
-        call: Call,
+        call: &Call,
         whole: impl FnOnce() -> Result<T>,
         half: impl FnOnce() -> Result<()>,
     ) -> Result<T> {
@@ -46,7 +46,7 @@ impl Shared {
         let (how, errno) = match verdict {
             Verdict::Go => {
                 let done = whole();
-                self.world.after(&call);
+                self.world.after(call);
                 return done;
             }
             Verdict::Fail(how, errno) => (how, errno),
@@ -57,7 +57,7 @@ impl Shared {
             How::Half => half(),
             How::All => whole().map(drop),
         };
-        self.world.after(&call);
+        self.world.after(call);
         if matches!(verdict, Verdict::Crash(_)) {
             self.world.die(self.life);
         }
@@ -65,11 +65,11 @@ impl Shared {
     }
 
     fn read<T>(&self, name: &'static str, path: &StorePath, call: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.act(Call { name, path: path.clone(), from: None, mutates: false }, call, || Ok(()))
+        self.act(&Call { name, path: path.clone(), from: None, mutates: false }, call, || Ok(()))
     }
 
     fn change<T>(&self, name: &'static str, path: &StorePath, call: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.act(Call { name, path: path.clone(), from: None, mutates: true }, call, || Ok(()))
+        self.act(&Call { name, path: path.clone(), from: None, mutates: true }, call, || Ok(()))
     }
 
     fn pair(
@@ -79,7 +79,7 @@ impl Shared {
         to: &StorePath,
         call: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        self.act(Call { name, path: to.clone(), from: Some(from.clone()), mutates: true }, call, || Ok(()))
+        self.act(&Call { name, path: to.clone(), from: Some(from.clone()), mutates: true }, call, || Ok(()))
     }
 
     fn wrap(&self, inner: Arc<dyn StoreFile>) -> Arc<dyn StoreFile> {
@@ -212,7 +212,7 @@ impl SimFile {
         half: impl FnOnce() -> Result<()>,
     ) -> Result<T> {
         let call = Call { name, path: self.inner.path().clone(), from: None, mutates: true };
-        self.shared.act(call, whole, half)
+        self.shared.act(&call, whole, half)
     }
 }
 

@@ -79,7 +79,7 @@ fn add_child(state: &mut State, store: &MemoryStore, name: &str) -> Option<Strin
     if below != parent.view {
         return None;
     }
-    let bits = u32::try_from((below.len() as u64 / CLUSTERS).trailing_zeros()).ok()?;
+    let bits = (below.len() as u64 / CLUSTERS).trailing_zeros();
     let child = format!("n{}", state.foreign_number);
     state.foreign_number += 1;
     let spec = image(bits, Some(name), state.dice.roll() >> 1);
@@ -120,7 +120,7 @@ fn replace(state: &mut State, store: &MemoryStore, name: &str) -> Option<String>
     }
     spoil(state, store, name);
     let view = &state.truth.members.get(name)?.view;
-    let bits = u32::try_from((view.len() as u64 / CLUSTERS).trailing_zeros()).ok()?;
+    let bits = (view.len() as u64 / CLUSTERS).trailing_zeros();
     let spec = image(bits, None, state.dice.roll() >> 1);
     let temporary = path("upload");
     let inode = put(store, &temporary, &spec.build());

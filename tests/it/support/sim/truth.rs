@@ -26,6 +26,7 @@ pub enum Foreign {
 
 /// One member.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "a list of independent facts")]
 pub struct Member {
     pub view: Vec<u8>,
     pub presence: Presence,

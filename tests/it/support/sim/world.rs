@@ -98,6 +98,7 @@ pub struct Troubles {
 
 /// How the store and its users are.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "a list of independent facts")]
 pub struct Options {
     pub slots: usize,
     pub hard_links: bool,
@@ -114,6 +115,9 @@ pub struct Options {
     pub reads: bool,
 }
 
+/// Who holds a lock of which kind, and which of his it is.
+type Holder = (LockKind, Life, u64);
+
 pub struct State {
     pub dice: Dice,
     ids: Dice,
@@ -128,7 +132,7 @@ pub struct State {
     pub hash: u64,
     pub calls: u64,
     pub counts: BTreeMap<&'static str, u64>,
-    locks: BTreeMap<(usize, StorePath), Vec<(LockKind, Life, u64)>>,
+    locks: BTreeMap<(usize, StorePath), Vec<Holder>>,
     locked: u64,
     pub options: Options,
     /// Others changed what hangs together how: nothing new is planned on it.
