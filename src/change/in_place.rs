@@ -70,8 +70,14 @@ pub fn complete(
         let state = switch_state(&plan.switch, file.as_ref());
         return match error.kind() {
             Kind::Io | Kind::Busy => Err(error),
-            // It is the survivor's already, or half of it is: there is no way back.
-            Kind::NoSpace if !matches!(state, Ok(Switched::Not | Switched::Foreign)) => Err(error),
+            // It is the survivor's already, or half of it is: there is no way back. Nor where another of the
+            // operation's merges may have been made: all of them are, or none.
+            Kind::NoSpace
+                if decided.commit().publications.len() > 1
+                    || !matches!(state, Ok(Switched::Not | Switched::Foreign)) =>
+            {
+                Err(error)
+            }
             _ => {
                 cut_off(&at, plan, &file)?;
                 let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
