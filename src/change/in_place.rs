@@ -246,7 +246,9 @@ pub fn was_taken_over(stores: &Stores, member: &Key, inode: u64) -> crate::store
 pub fn take_over(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
     for publication in decided.commit().publications.iter().filter(|one| one.in_place.is_some()) {
         let at = site.at(&publication.at)?;
-        if stat(&at, &publication.from)?.is_some() {
+        // Made already, as far as its bytes go.
+        let made = stat(&at, &publication.at.path)?.is_some_and(|now| publication.is_new(&now));
+        if made || stat(&at, &publication.from)?.is_some() {
             continue;
         }
         match at.backend.create(&marker(publication.new.inode)) {

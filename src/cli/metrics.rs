@@ -13,6 +13,7 @@ use crate::ops::recover::{StoreState, state};
 
 /// The flag of commands that change stores.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub struct Args {
     /// After the run, also a failed one, write figures for Prometheus to this file
     #[arg(long, value_name = "PATH")]

@@ -216,3 +216,14 @@ fn start_log(global: &Global) {
     // Fails only if a log was started already, which then is used.
     let _ = log.try_init();
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    /// What clap checks in debug builds only.
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

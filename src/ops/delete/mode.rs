@@ -111,7 +111,10 @@ fn cheapest(
     if let Some(other) = other {
         let cheaper = match mode {
             Mode::Clone => weight(&other).saturating_mul(WORTH_IT) < weight(&cost),
-            Mode::InPlace | Mode::Copy | Mode::Remove => weight(&other) < weight(&cost),
+            // Half the bytes, which is where the survivor has no more than what is merged into it.
+            Mode::InPlace | Mode::Copy | Mode::Remove => {
+                other.data_bytes.saturating_mul(2) <= cost.data_bytes && weight(&other) < weight(&cost)
+            }
         };
         let taken = match policy {
             InPlacePolicy::Auto => cheaper || !fits,
@@ -216,6 +219,7 @@ mod tests {
         assert_eq!((choice.mode, choice.cost), (Mode::InPlace, down));
         assert!(choice.reason.contains("copy would write 2147484648 bytes"), "{}", choice.reason);
         // One that can be undone is worth something.
+        assert_eq!(cheapest(auto, big, None, copy, Ok(cost(gib + 1, 0))).mode, Mode::Copy);
         let clone = cost(0, 100_000);
         assert_eq!(cheapest(auto, big, Some(clone), copy, Ok(cost(0, 50_000))).mode, Mode::Clone);
         assert_eq!(cheapest(auto, big, Some(clone), copy, Ok(cost(0, 10_000))).mode, Mode::InPlace);
