@@ -55,7 +55,7 @@ class Bench:
         """One run; returns its facts."""
         self.restore()
         base, deleted, survivor = (os.path.join(self.store, member) for member in self.members)
-        mode = "clone" if self.options.fs != "ext4" else "copy"
+        mode = "clone" if self.options.fs != "ext4" else "in-place"
         commands = {
             "qchain": [
                 [self.options.qchain, "--store", self.store, "delete", self.members[1], "--assume-deleted", "--yes", "--mode", mode, "--json"]
