@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::chain::proof::Proof;
 use crate::change::checkpoint;
 use crate::change::error::Result;
-use crate::change::journal::{Found, Journal};
+use crate::change::journal::Journal;
 use crate::change::lease::Lease;
 use crate::change::places::IntentName;
 use crate::change::publication::{self, Published};
@@ -23,7 +23,8 @@ pub struct Decided<'s> {
     pub(super) name: IntentName,
     pub(super) since_ns: i64,
     pub(super) commit: Commit,
-    lease: Option<Lease>,
+    /// Kept for as long as it is worked on.
+    _lease: Option<Lease>,
     /// Whether this process has made the published names durable.
     synced: AtomicBool,
     grown: Mutex<Vec<Grown>>,
@@ -56,7 +57,7 @@ impl<'s> Decided<'s> {
                 name,
                 since_ns: claim.decided_ns,
                 commit,
-                lease,
+                _lease: lease,
                 synced: AtomicBool::new(false),
                 grown: Mutex::default(),
             }),
@@ -92,20 +93,8 @@ impl<'s> Decided<'s> {
         &self.commit
     }
 
-    /// When it was decided, nanoseconds since 1970.
-    #[must_use]
-    pub fn decided_ns(&self) -> i64 {
-        self.since_ns
-    }
-
     pub(super) fn journal(&self) -> Result<Journal> {
         Ok(Journal::new(self.site.stores.get(self.home)?.backend()))
-    }
-
-    /// Whether this process still has the tree's lease. Nothing depends on it but work done in vain.
-    #[must_use]
-    pub fn is_ours(&self) -> bool {
-        self.lease.as_ref().is_some_and(Lease::is_held)
     }
 
     /// Lets names come back and publishes new files; checkpoint files follow. Gives what became of each
@@ -131,29 +120,14 @@ impl<'s> Decided<'s> {
 
     /// Whether a later operation of the tree took this one back.
     pub fn is_undone(&self) -> Result<bool> {
-        self.is_followed(|commit| {
-            matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == self.name.generation)
-        })
+        self.journal()?.is_undone(&self.name.tree, self.name.generation)
     }
 
     /// Whether a later operation of the tree gives a checkpoint file another parent.
     pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {
-        self.is_followed(|commit| commit.checkpoints.iter().any(|edit| edit.at == *checkpoint))
-    }
-
-    /// Whether a later operation of the tree is such a one.
-    fn is_followed(&self, by: impl Fn(&Commit) -> bool) -> Result<bool> {
-        let journal = self.journal()?;
-        let later = journal.generations(&self.name.tree)?;
-        for number in later.into_iter().filter(|number| *number > self.name.generation) {
-            if let Found::Record(Claim { decision: Decision::Commit(commit), .. }) =
-                journal.claim(&self.name.tree, number)?
-                && by(&commit)
-            {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        let edits =
+            |_: &IntentName, later: &Commit| later.checkpoints.iter().any(|edit| edit.at == *checkpoint);
+        self.journal()?.is_followed(&self.name.tree, self.name.generation, edits)
     }
 
     /// Until when deleted members keep their names, nanoseconds since 1970.

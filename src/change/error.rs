@@ -86,12 +86,6 @@ pub enum ChangeError {
         /// What is in the way.
         reason: String,
     },
-    /// No operation has that id.
-    #[error("no operation is called {operation}")]
-    NoOperation {
-        /// What was asked for.
-        operation: String,
-    },
     /// A merge in place failed after its decision.
     #[error("merging in place into {member} failed: {detail}; it is finished by recover")]
     InPlace {
@@ -127,7 +121,6 @@ impl Failure for ChangeError {
             | Self::BadRecord { .. }
             | Self::NotUndoable { .. } => Kind::Refused,
             Self::Busy { .. } | Self::Decided { .. } => Kind::Busy,
-            Self::NoOperation { .. } => Kind::NotFound,
             Self::InPlace { code, .. } => match code {
                 Code::NoSpace => Kind::NoSpace,
                 Code::Io => Kind::Io,
@@ -149,7 +142,6 @@ impl Failure for ChangeError {
             Self::StoreAbsent { .. } => Code::StoreAbsent,
             Self::BadRecord { .. } => Code::BadChangeRecord,
             Self::NotUndoable { .. } => Code::NotUndoable,
-            Self::NoOperation { .. } => Code::NotFound,
             Self::InPlace { code, .. } => *code,
             Self::Witness { .. } => Code::Io,
             Self::Cancelled => Code::Cancelled,

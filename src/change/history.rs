@@ -1,7 +1,7 @@
 //! What was done, and what can still be taken back.
 
 use crate::change::decided::Decided;
-use crate::change::error::{ChangeError, Result};
+use crate::change::error::Result;
 use crate::change::journal::{Found, Journal};
 use crate::change::places::IntentName;
 use crate::change::purge::held_bytes;
@@ -104,17 +104,6 @@ fn done(
         ended,
         undone,
     })
-}
-
-/// An operation by its id, or by the beginning of it if that fits one only.
-pub fn find(site: &Site<'_>, text: &str) -> Result<Done> {
-    let all = history(site)?;
-    let mut fitting =
-        all.into_iter().filter(|done| !text.is_empty() && done.operation.as_str().starts_with(text));
-    match (fitting.next(), fitting.next()) {
-        (Some(found), None) => Ok(found),
-        _ => Err(ChangeError::NoOperation { operation: text.to_owned() }),
-    }
 }
 
 impl Done {

@@ -9,7 +9,7 @@ use crate::backend::{Backend, BackendError};
 use crate::change::error::{ChangeError, Result};
 use crate::change::places::{self, IntentName};
 use crate::change::record::{
-    Claim, Decision, Freeze, Intent, MAX_BYTES, OperationId, Purpose, TreeId, encode,
+    Claim, Commit, Decision, Freeze, Intent, MAX_BYTES, OperationId, TreeId, encode,
 };
 use crate::ids::StorePath;
 use crate::store::facts::read_whole;
@@ -125,17 +125,27 @@ impl Journal {
         Ok(numbers)
     }
 
-    /// Whether a later operation of the tree takes that one back.
-    pub fn is_undone(&self, tree: &TreeId, number: u64) -> Result<bool> {
-        for later in self.generations(tree)?.into_iter().filter(|later| *later > number) {
-            if let Found::Record(Claim { decision: Decision::Commit(commit), .. }) =
-                self.claim(tree, later)?
-                && matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == number)
+    /// Whether the tree has a later operation than `number` that is such a one.
+    pub fn is_followed(
+        &self,
+        tree: &TreeId,
+        number: u64,
+        by: impl Fn(&IntentName, &Commit) -> bool,
+    ) -> Result<bool> {
+        for generation in self.generations(tree)?.into_iter().filter(|later| *later > number) {
+            if let Found::Record(Claim { operation, decision: Decision::Commit(commit), .. }) =
+                self.claim(tree, generation)?
+                && by(&IntentName { tree: tree.clone(), generation, operation }, &commit)
             {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// Whether a later operation of the tree takes that one back.
+    pub fn is_undone(&self, tree: &TreeId, number: u64) -> Result<bool> {
+        self.is_followed(tree, number, |_, later| later.undoes(number))
     }
 
     /// All trees that have claims here.

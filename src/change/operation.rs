@@ -110,8 +110,7 @@ impl<'s> Operation<'s> {
     /// byte. `what` tells it from the operation's other files.
     pub fn stage(&self, target: &Key, what: &str, old: &dyn StoreFile) -> Result<Staged> {
         let at = self.site.at(&self.site.place(target)?)?;
-        let stamp = Stamp::from(&old.stat().map_err(at.failed("look at"))?);
-        let mark = Mark::from(&old.stat().map_err(at.failed("look at"))?);
+        let stat = old.stat().map_err(at.failed("look at"))?;
         let yard = Yard::of(at.backend, &target.path).map_err(at.failed("make room beside"))?;
         let temporary = yard.temporary(self.id(), what);
         let file = at.backend.create(&temporary).map_err(at.failed("make a temporary for"))?;
@@ -121,8 +120,8 @@ impl<'s> Operation<'s> {
             kept: yard.kept(self.id(), what),
             temporary,
             file,
-            old: mark,
-            stamp,
+            old: Mark::from(&stat),
+            stamp: Stamp::from(&stat),
         };
         take_identity(old, staged.file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
         Ok(staged)

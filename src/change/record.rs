@@ -198,6 +198,14 @@ pub struct Commit {
     pub departures: Vec<Departure>,
 }
 
+impl Commit {
+    /// Whether it takes back the operation of that number.
+    #[must_use]
+    pub fn undoes(&self, number: u64) -> bool {
+        matches!(self.purpose, Purpose::Undo { generation, .. } if generation == number)
+    }
+}
+
 /// A name that comes back from trash. It is never taken from another file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restore {

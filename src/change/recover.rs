@@ -12,7 +12,7 @@ use crate::change::operation::take_back;
 use crate::change::places::IntentName;
 use crate::change::publication::Published;
 use crate::change::purge::purge;
-use crate::change::record::{Claim, Decision, Freeze, Place, Purpose, SCHEMA};
+use crate::change::record::{Decision, Freeze, Place, SCHEMA};
 use crate::change::site::Site;
 use crate::change::witness::{Verdict, Witness};
 use crate::change::{in_place, sweep, undo};
@@ -150,7 +150,7 @@ fn one(
     };
     if decided.is_undone()? {
         // It ends with the operation that took it back.
-        return undone(site, home, journal, &decided);
+        return undone(site, journal, &decided);
     }
     in_place::take_over(site, &decided)?;
     let published = decided.publish()?;
@@ -158,21 +158,16 @@ fn one(
 }
 
 /// An operation that was taken back: its undo ends it, unless that has ended already.
-fn undone(site: &Site<'_>, home: usize, journal: &Journal, decided: &Decided<'_>) -> Result<Action> {
+fn undone(site: &Site<'_>, journal: &Journal, decided: &Decided<'_>) -> Result<Action> {
     let name = decided.name();
-    for number in journal.generations(&name.tree)?.into_iter().filter(|number| *number > name.generation) {
-        if let Found::Record(Claim { operation, decision: Decision::Commit(commit), .. }) =
-            journal.claim(&name.tree, number)?
-            && matches!(&commit.purpose, Purpose::Undo { generation, .. } if *generation == name.generation)
-        {
-            let undo = IntentName { tree: name.tree.clone(), generation: number, operation };
-            if journal.intents()?.contains(&undo) {
-                return Ok(Action::Grace(decided.grace_until()));
-            }
-        }
+    let open = journal.intents()?;
+    if journal.is_followed(&name.tree, name.generation, |undo, later| {
+        later.undoes(name.generation) && open.contains(undo)
+    })? {
+        return Ok(Action::Grace(decided.grace_until()));
     }
     sweep::temporaries_of(site, &name.operation)?;
-    Journal::new(site.stores.get(home)?.backend()).conclude(name)?;
+    journal.conclude(name)?;
     Ok(Action::Finished)
 }
 
