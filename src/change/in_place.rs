@@ -134,8 +134,7 @@ fn grow(
     if plan.clone_alignment == 0 && layout.file_length() > plan.base {
         file.reserve(plan.base, layout.file_length() - plan.base).map_err(at.failed("reserve space in"))?;
     }
-    let written = write_onto(&layout, file.as_ref(), &sources, || input.upper.map(), |_| Ok(()))
-        .map_err(image_failed)?;
+    let written = write_onto(&layout, file.as_ref(), &sources, input.upper.map()).map_err(image_failed)?;
     file.drop_cache().map_err(at.failed("drop from the cache"))?;
     let Some(becomes) = layout.switch() else { return Ok(()) };
     if switch_state(becomes, file.as_ref()).map_err(image_failed)? == Switched::Done {
@@ -144,7 +143,7 @@ fn grow(
     let sealed = at.backend.open(&at.key.path).map_err(at.failed("open again"))?;
     let image = Image::open_switched(sealed, &format!("the new image in {}", at.name), becomes)
         .map_err(image_failed)?;
-    let proof = prove(&layout, &input, image, &at.name)?;
+    let proof = prove(&layout, &input, &image, &at.name)?;
     if let Some(survivor) = plan.members.last() {
         decided.note(Grown { survivor: survivor.clone(), written, proof });
     }

@@ -21,7 +21,7 @@ const COMPARE_BYTES: u64 = 1 << 20;
 /// # Errors
 ///
 /// [`StoreError::Proof`] if it does not; what the store or the old chain fails with stays what it is.
-pub fn prove(layout: &Layout, input: &MergeInput, image: Image, name: &str) -> Result<Proof> {
+pub fn prove(layout: &Layout, input: &MergeInput, image: &Image, name: &str) -> Result<Proof> {
     let failed = |message: String| StoreError::Proof {
         member: name.to_owned(),
         message: format!("the new file was thrown away: {message}"),
@@ -37,20 +37,27 @@ pub fn prove(layout: &Layout, input: &MergeInput, image: Image, name: &str) -> R
     if let Some(difference) = header_differs(layout, image.header()) {
         return Err(failed(format!("its header has another {difference}")));
     }
-    let report = check(&image, &Limits::default()).map_err(judged)?;
-    if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete {
-        let first = report.findings.first().map(|finding| finding.message.clone()).unwrap_or_default();
-        return Err(failed(format!("its structure is not sound: {first}")));
-    }
-    let new = OpenChain::of(vec![image.clone()]);
-    let replacement = OpenChain::of(std::iter::once(image).chain(input.lower.images().cloned()).collect());
-    let old_view = OpenChain::of(input.upper.images().chain(input.lower.images()).cloned().collect());
-    let equal = |ranges: &[Range]| first_difference(&old_view, &replacement, ranges);
-    prove_maps(layout, input.upper.map(), new.map(), input.lower.virtual_size(), equal).map_err(|error| {
-        match error {
-            ProofError::Read(error) => judged(error),
-            error => failed(error.to_string()),
-        }
+    let (sound, proof) = rayon::join(
+        || match check(image, &Limits::default()).map_err(judged)? {
+            report if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete => {
+                let first = report.findings.first().map(|finding| finding.message.clone());
+                Err(failed(format!("its structure is not sound: {}", first.unwrap_or_default())))
+            }
+            _ => Ok(()),
+        },
+        || {
+            let new = OpenChain::of(vec![image.clone()]);
+            let above = std::iter::once(image.clone());
+            let replacement = OpenChain::of(above.chain(input.lower.images().cloned()).collect());
+            let old_view = OpenChain::of(input.upper.images().chain(input.lower.images()).cloned().collect());
+            let equal = |ranges: &[Range]| first_difference(&old_view, &replacement, ranges);
+            prove_maps(layout, input.upper.map(), new.map(), input.lower.virtual_size(), equal)
+        },
+    );
+    sound?;
+    proof.map_err(|error| match error {
+        ProofError::Read(error) => judged(error),
+        error => failed(error.to_string()),
     })
 }
 

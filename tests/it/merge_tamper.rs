@@ -213,7 +213,7 @@ fn damage_to_a_file_that_was_kept_is_noticed() {
             let names: Vec<String> = (0..3).rev().map(layer_name).collect();
             let onto = Onto::open(&*chain.store, &names, 3 - bottom, true);
             let layout = onto.plan(None).unwrap();
-            let written = onto.write(&layout, |_| Ok(())).unwrap();
+            let written = onto.write(&layout).unwrap();
             switch(layout.switch().unwrap(), &*onto.target).unwrap();
             let Onto { upper, lower, target: file, .. } = onto;
             let merged = Merged { layout, written, file, name: "kept".to_owned(), upper, lower };

@@ -323,12 +323,6 @@ impl<I: Iterator<Item = Result<Run>>> Iterator for Emitter<'_, I> {
     }
 }
 
-/// The refcounts by themselves: no map is needed for them.
-pub fn refcounts(layout: &Layout) -> impl Iterator<Item = Emit> {
-    let blocks = (0..layout.geometry.refcount_block_count).map(|index| refcount_block(layout, index));
-    blocks.chain(std::iter::once_with(|| refcount_table(layout)))
-}
-
 /// Block `index` of the refcounts.
 fn refcount_block(layout: &Layout, index: u64) -> Emit {
     let size = layout.options.cluster_bits.bytes();

@@ -89,6 +89,12 @@ impl HostSet {
         self.len
     }
 
+    /// The memory that it takes, in bytes, about.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        (self.chunks.len() * (size_of::<Chunk>() + size_of::<Words>())) as u64
+    }
+
     /// Whether it has none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

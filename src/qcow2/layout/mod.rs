@@ -237,6 +237,17 @@ impl Layout {
         self.geometry.end
     }
 
+    /// The memory that the layout takes, in bytes, about.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        let sets: u64 = self.moved.iter().map(HostSet::memory_bytes).sum();
+        let head = match &self.head {
+            Head::New(bytes) => bytes.len(),
+            Head::Kept { .. } => 0,
+        };
+        sets + (2 * self.compressed_counts.len() + head) as u64
+    }
+
     /// Bytes of header and tables that are written; without the switch of a kept header.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
@@ -349,11 +360,6 @@ impl Layout {
         runs: I,
     ) -> impl Iterator<Item = Result<Emit>> + use<'_, I> {
         emit::emit(self, runs)
-    }
-
-    /// The refcounts alone, as [`Layout::emit`] gives them.
-    pub fn refcounts(&self) -> impl Iterator<Item = Emit> + '_ {
-        emit::refcounts(self)
     }
 
     /// Where the bytes at `host` of the new file come from.

@@ -1,14 +1,17 @@
 //! Writes a planned image into an empty file, or ([`write_onto`]) behind the end of one that is kept.
 //!
-//! In an empty file the header comes last: one that was cut off by a crash has no magic and is taken for no
+//! In an empty file data and tables are written side by side (moving data waits for the store, tables for the
+//! processor), and the header comes last: one that was cut off by a crash has no magic and is taken for no
 //! image. Nothing but [`write_onto`] and [`switch`] syncs, and nothing names the file; the caller seals and
 //! publishes it.
 
 mod onto;
 
+use std::ops::Add;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use onto::{Step, switch, switch_state, write_onto};
+pub use onto::{switch, switch_state, write_onto};
 use rayon::prelude::*;
 
 use crate::backend::{BackendError, Means, Move, Moved, StoreFile};
@@ -18,7 +21,7 @@ use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::{Emit, Fill, Layout, Part, TableKind};
 use crate::qcow2::map::{CompressedCluster, Run};
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 /// Moves that are given to the store in one go: between batches the work can be stopped.
 const BATCH_MOVES: usize = 4096;
@@ -59,37 +62,82 @@ pub struct Written {
     pub metadata_bytes: u64,
 }
 
-/// Writes the image into an empty file. `runs` must be the very map the layout was planned from. After an error the file is of
-/// no use.
+impl Add for Written {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            cloned_bytes: self.cloned_bytes + other.cloned_bytes,
+            data_bytes: self.data_bytes + other.data_bytes,
+            metadata_bytes: self.metadata_bytes + other.metadata_bytes,
+        }
+    }
+}
+
+/// Writes the image into an empty file. `runs` must be the very map the layout was planned from. After an
+/// error the file is of no use.
 pub fn write(
     layout: &Layout,
     target: &dyn StoreFile,
     sources: &Sources<'_>,
-    runs: impl Iterator<Item = Result<Run>>,
+    runs: impl Iterator<Item = Result<Run>> + Send,
 ) -> Result<Written> {
     target.set_length(layout.file_length()).map_err(|source| store_error(target, source))?;
-    let mut written = Written::default();
-    move_all(layout, target, sources, &mut written)?;
-    write_all(layout.emit(runs), target, sources, &mut written)?;
+    let (mut written, header) = fill(layout, target, sources, runs)?;
+    if let Some((to, bytes)) = header {
+        check(sources.cancel, target)?;
+        target.write_at(to.0, &bytes).map_err(|source| store_error(target, source))?;
+        written.metadata_bytes += bytes.len() as u64;
+    }
     Ok(written)
 }
 
-/// Writes what a layout emits, a header after all else.
+/// The first cluster of a new file, and where it goes.
+type Head = (HostOffset, Vec<u8>);
+
+/// Writes all but the header, which is given back; `None` for a file that is kept.
+fn fill(
+    layout: &Layout,
+    target: &dyn StoreFile,
+    sources: &Sources<'_>,
+    runs: impl Iterator<Item = Result<Run>> + Send,
+) -> Result<(Written, Option<Head>)> {
+    // When one half fails the other one stops, too.
+    let failed = AtomicBool::new(false);
+    let half = |result: Result<Written>| {
+        failed.fetch_or(result.is_err(), Ordering::Relaxed);
+        result
+    };
+    let go_on = || !failed.load(Ordering::Relaxed);
+    let mut header = None;
+    let (moved, tables) = rayon::join(
+        || half(move_all(layout, target, sources, go_on)),
+        || {
+            let emits = layout.emit(runs).take_while(|_| go_on()).filter_map(|emit| match emit {
+                Ok(Emit::Table { kind: TableKind::Header, to, bytes }) => {
+                    header = Some((to, bytes));
+                    None
+                }
+                other => Some(other),
+            });
+            half(write_all(emits, target, sources))
+        },
+    );
+    Ok((moved? + tables?, header))
+}
+
+/// Writes what a layout emits, in its order but for the data, which gathers.
 fn write_all(
     emits: impl Iterator<Item = Result<Emit>>,
     target: &dyn StoreFile,
     sources: &Sources<'_>,
-    written: &mut Written,
-) -> Result<()> {
+) -> Result<Written> {
+    let mut written = Written::default();
     let mut pending = Vec::new();
     let mut pending_bytes = 0;
     for emit in emits {
         match emit? {
-            Emit::Table { kind, to, bytes } => {
-                // All else may come in any order: without a header there is no image.
-                if kind == TableKind::Header {
-                    flush(&mut pending, &mut pending_bytes, target, sources)?;
-                }
+            Emit::Table { to, bytes, .. } => {
                 check(sources.cancel, target)?;
                 target.write_at(to.0, &bytes).map_err(|source| store_error(target, source))?;
                 written.metadata_bytes += bytes.len() as u64;
@@ -106,7 +154,8 @@ fn write_all(
             }
         }
     }
-    flush(&mut pending, &mut pending_bytes, target, sources)
+    flush(&mut pending, &mut pending_bytes, target, sources)?;
+    Ok(written)
 }
 
 fn store_error(target: &dyn StoreFile, source: BackendError) -> ImageError {
@@ -117,13 +166,13 @@ fn move_all(
     layout: &Layout,
     target: &dyn StoreFile,
     sources: &Sources<'_>,
-    written: &mut Written,
-) -> Result<()> {
+    go_on: impl Fn() -> bool,
+) -> Result<Written> {
     let files: Vec<Arc<dyn StoreFile>> = sources.layers.iter().map(|layer| layer.file().clone()).collect();
     let mut done = Moved::default();
     let most = sources.pace.at_once(BATCH_BYTES);
     let mut moves = layout.moves().flat_map(|run| in_batches(run, most)).peekable();
-    while moves.peek().is_some() {
+    while moves.peek().is_some() && go_on() {
         check(sources.cancel, target)?;
         let (mut clones, mut copies) = (Vec::new(), Vec::new());
         let mut bytes = 0;
@@ -143,9 +192,7 @@ fn move_all(
         }
         sources.progress.advance(bytes);
     }
-    written.cloned_bytes += done.cloned_bytes;
-    written.data_bytes += done.copied_bytes;
-    Ok(())
+    Ok(Written { cloned_bytes: done.cloned_bytes, data_bytes: done.copied_bytes, metadata_bytes: 0 })
 }
 
 /// A run in parts of at most a batch: a run may be as long as a disk.

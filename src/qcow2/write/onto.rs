@@ -9,34 +9,22 @@ use crate::backend::{StoreFile, read_padded};
 use crate::failure::Code;
 use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::image::Image;
-use crate::qcow2::layout::{Emit, Layout, Switch, Switched, TableKind};
+use crate::qcow2::layout::{Layout, Switch, Switched};
 use crate::qcow2::map::Run;
-use crate::qcow2::write::{Sources, Written, move_all, store_error, write_all};
+use crate::qcow2::write::{Sources, Written, fill, store_error};
 
-/// What is durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// The data: moved, composed, compressed; and the file's length.
-    Data,
-    /// Refcount blocks and table.
-    Refcounts,
-    /// L2 tables and the L1 table: all but the header.
-    Tables,
-}
-
-/// Writes all of the image but the header into the file that the layout keeps, and syncs after each step;
-/// then tells `reached`, whose failure ends the work.
+/// Writes all of the image but the header into the file that the layout keeps, and syncs once: the old header
+/// names nothing of it, so there is no order to keep.
 ///
-/// `runs` gives the very map that the layout was planned from, twice. A file that an earlier attempt with the
+/// `runs` gives the very map that the layout was planned from. A file that an earlier attempt with the
 /// same plan has grown is written again, whole, to the same bytes: the kept layer is read as it was, up to
 /// the base. Fails with `changed-meanwhile` if the file ends before the base or behind the plan's end; with
 /// `mode-impossible` for a layout that keeps no file. After any failure the file is still the old image.
-pub fn write_onto<I: Iterator<Item = Result<Run>>>(
+pub fn write_onto(
     layout: &Layout,
     target: &dyn StoreFile,
     sources: &Sources<'_>,
-    runs: impl Fn() -> I,
-    mut reached: impl FnMut(Step) -> Result<()>,
+    runs: impl Iterator<Item = Result<Run>> + Send,
 ) -> Result<Written> {
     let Some((kept, base)) = layout.kept() else {
         return Err(refuse(target, Code::ModeImpossible, "the plan is one for a file of its own"));
@@ -51,24 +39,11 @@ pub fn write_onto<I: Iterator<Item = Result<Run>>>(
     };
     let layers: Vec<Image> = sources.layers.iter().enumerate().map(cut).collect();
     let sources = Sources { layers: &layers, ..*sources };
-    let mut done = |step| {
-        target.sync().map_err(|source| store_error(target, source))?;
-        reached(step)
-    };
-    let mut written = Written::default();
     if length < layout.file_length() {
         target.set_length(layout.file_length()).map_err(|source| store_error(target, source))?;
     }
-    move_all(layout, target, &sources, &mut written)?;
-    let data = layout.emit(runs()).filter(|emit| !matches!(emit, Ok(Emit::Table { .. })));
-    write_all(data, target, &sources, &mut written)?;
-    done(Step::Data)?;
-    write_all(layout.refcounts().map(Ok), target, &sources, &mut written)?;
-    done(Step::Refcounts)?;
-    let entries =
-        |emit: &Result<Emit>| matches!(emit, Err(_) | Ok(Emit::Table { kind: TableKind::Entries, .. }));
-    write_all(layout.emit(runs()).filter(entries), target, &sources, &mut written)?;
-    done(Step::Tables)?;
+    let (written, _) = fill(layout, target, &sources, runs)?;
+    target.sync().map_err(|source| store_error(target, source))?;
     Ok(written)
 }
 

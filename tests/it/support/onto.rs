@@ -6,7 +6,7 @@ use qchain::backend::{Backend, StoreFile};
 use qchain::chain::proof::{Proof, ProofError};
 use qchain::progress::{Cancel, Pace, Silent};
 use qchain::qcow2::layout::{Backing, ImageOptions, Kept, Layout, in_place_possible};
-use qchain::qcow2::write::{Sources, Step, Written, write_onto};
+use qchain::qcow2::write::{Sources, Written, write_onto};
 use qchain::qcow2::{Image, ImageError};
 use qchain::store::chain::OpenChain;
 use qchain::units::GuestOffset;
@@ -64,11 +64,7 @@ impl Onto {
         Layout::plan_onto(&self.options, &facts, &kept, self.upper.map())
     }
 
-    pub fn write(
-        &self,
-        layout: &Layout,
-        reached: impl FnMut(Step) -> Result<(), ImageError>,
-    ) -> Result<Written, ImageError> {
+    pub fn write(&self, layout: &Layout) -> Result<Written, ImageError> {
         let layers: Vec<Image> = self.upper.images().cloned().collect();
         let sources = Sources {
             layers: &layers,
@@ -78,7 +74,7 @@ impl Onto {
             cancel: &Cancel::default(),
             pace: &Pace::default(),
         };
-        write_onto(layout, &*self.target, &sources, || self.upper.map(), reached)
+        write_onto(layout, &*self.target, &sources, self.upper.map())
     }
 
     /// The image that the file is going to be, before its header is switched.
