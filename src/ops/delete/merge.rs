@@ -44,12 +44,19 @@ pub fn build(
 ) -> Result<Built> {
     let (stores, scan) = (context.stores, context.scan);
     unchanged(stores, scan, merge, input)?;
-    let layout = if entry.mode == Mode::InPlace { input.layout_onto(None)? } else { input.layout()? };
+    let made;
+    // The files are the ones that a kept layout was planned from, by their stamps; and the proof reads their maps.
+    let layout = if let Some(planned) = &entry.layout {
+        planned
+    } else {
+        made = if entry.mode == Mode::InPlace { input.layout_onto(None)? } else { input.layout()? };
+        &made
+    };
     let key = &scan.graph.node(merge.survivor).key;
     let capabilities: Option<&Capabilities> =
         context.plan.capabilities.get(&key.store).filter(|can| entry.mode != Mode::Copy && can.clone);
     let alignment = input.clone_alignment(capabilities);
-    if input.cost(&layout, &alignment) != entry.cost {
+    if input.cost(layout, &alignment) != entry.cost {
         return Err(changed(stores, scan, merge));
     }
     if entry.mode == Mode::InPlace {
@@ -58,7 +65,7 @@ pub fn build(
             operation,
             merge,
             input,
-            &layout,
+            layout,
             index,
             capabilities.map_or(0, |can| can.clone_alignment),
         );
@@ -67,7 +74,7 @@ pub fn build(
     let Some(old) = images.first() else { return Err(changed(stores, scan, merge)) };
     let failed = |error| change_error(stores, scan, merge, &error);
     let staged = operation.stage(key, &format!("{index}.image"), old.file().as_ref()).map_err(failed)?;
-    reserve(&layout, &staged, &alignment, &stores.display(key))?;
+    reserve(layout, &staged, &alignment, &stores.display(key))?;
     let below = |at, buffer: &mut [u8]| input.lower.read(at, buffer);
     let sources = Sources {
         layers: &images,
@@ -77,12 +84,12 @@ pub fn build(
         cancel: context.cancel,
         pace: &context.site.pace,
     };
-    let written = write(&layout, staged.file(), &sources, input.upper.map())?;
+    let written = write(layout, staged.file(), &sources, input.upper.map())?;
     let sealed = staged.seal(context.site).map_err(failed)?;
     let name = stores.display(key);
     let image = Image::open(sealed.file.clone(), &format!("the new file of {name}"))
         .map_err(|error| proof_failed(&name, error))?;
-    let proof = prove(&layout, input, image, &name)?;
+    let proof = prove(layout, input, &image, &name)?;
     context.cancel.check()?;
     unchanged(stores, scan, merge, input)?;
     Ok(Built { publication: sealed.publication, written, proof, allocated_bytes: sealed.allocated_bytes })

@@ -10,6 +10,7 @@ use crate::failure::Code;
 use crate::ops::delete::plan::Mode;
 use crate::ops::delete::select::{InPlacePolicy, ModeChoice, Request};
 use crate::ops::{OpError, Result};
+use crate::qcow2::layout::Layout;
 use crate::store::merge::{Cost, MergeInput};
 use crate::store::scan::Scan;
 use crate::store::{StoreError, Stores};
@@ -33,6 +34,15 @@ pub struct Choice {
     pub cost: Cost,
 }
 
+/// The mode taken, and the layout of the survivor's new file, for every mode but in place.
+#[derive(Debug)]
+pub struct Chosen {
+    /// The mode.
+    pub choice: Choice,
+    /// The layout.
+    pub layout: Layout,
+}
+
 /// What a cost is worth in bytes written. What is copied is read before.
 fn weight(cost: &Cost) -> u64 {
     let moved = 2 * cost.data_bytes + cost.metadata_bytes;
@@ -46,16 +56,29 @@ pub fn choose(
     request: &Request<'_>,
     capabilities: &BTreeMap<usize, Capabilities>,
     merge: &Merge,
-) -> Result<Choice> {
+) -> Result<Chosen> {
     let input = MergeInput::open(stores, scan, merge)?;
+    let layout = input.layout()?;
+    let choice = choose_with(stores, scan, request, capabilities, merge, &input, &layout)?;
+    Ok(Chosen { choice, layout })
+}
+
+fn choose_with(
+    stores: &Stores,
+    scan: &Scan,
+    request: &Request<'_>,
+    capabilities: &BTreeMap<usize, Capabilities>,
+    merge: &Merge,
+    input: &MergeInput,
+    layout: &Layout,
+) -> Result<Choice> {
     let key = &scan.graph.node(merge.survivor).key;
     let probed = capabilities.get(&key.store);
     let clones = probed.filter(|found| found.clone);
-    let layout = input.layout()?;
-    let copy = input.cost(&layout, &input.clone_alignment(None));
-    let clone = clones.map(|found| input.cost(&layout, &input.clone_alignment(Some(found))));
+    let copy = input.cost(layout, &input.clone_alignment(None));
+    let clone = clones.map(|found| input.cost(layout, &input.clone_alignment(Some(found))));
     let in_place = || -> Result<std::result::Result<Cost, String>> {
-        if let Some(why) = unfit(stores, scan, request, merge, &input, probed)? {
+        if let Some(why) = unfit(stores, scan, request, merge, input, probed)? {
             return Ok(Err(why));
         }
         let layout = input.layout_onto(None)?;

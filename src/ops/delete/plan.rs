@@ -1,6 +1,7 @@
 //! What a delete would do: the values that `--dry-run` prints and that [`run`](super::run()) carries out.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
@@ -8,9 +9,10 @@ use crate::backend::Capabilities;
 use crate::chain::delete::{Departure, Merge};
 use crate::chain::graph::NodeId;
 use crate::ops::delete::follow;
-use crate::ops::delete::mode::{Choice, choose};
+use crate::ops::delete::mode::{Choice, Chosen, choose};
 use crate::ops::delete::select::{Request, select};
 use crate::ops::{OpError, Result};
+use crate::qcow2::layout::Layout;
 use crate::store::Stores;
 use crate::store::merge::Cost;
 use crate::store::record::own;
@@ -42,8 +44,11 @@ impl Mode {
     }
 }
 
+/// Memory for layouts that are kept from the plan to the merge, in bytes; others are made once more.
+const KEPT_LAYOUTS_BYTES: u64 = 32 << 20;
+
 /// One survivor to be written, or one member whose name goes without.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Entry {
     /// The deleted members, lowest first.
     pub members: Vec<NodeId>,
@@ -61,6 +66,9 @@ pub struct Entry {
     pub bytes_needed: u64,
     /// The merge, for a survivor.
     pub merge: Option<Merge>,
+    /// The layout of the survivor's new file, unless it is merged in place or the layouts of the whole plan
+    /// take too much memory.
+    pub layout: Option<Layout>,
 }
 
 /// What happens to one tree.
@@ -114,10 +122,9 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
             place.insert(probe(stores, index, request.dry_run)?);
         }
     }
-    let mut trees: Vec<TreePlan> = trees
-        .into_par_iter()
-        .map(|(_, targets)| plan_tree(stores, scan, request, &capabilities, targets))
-        .collect();
+    let kept_bytes = AtomicU64::new(0);
+    let planner = Planner { stores, scan, request, capabilities: &capabilities, kept_bytes: &kept_bytes };
+    let mut trees: Vec<TreePlan> = trees.into_par_iter().map(|(_, targets)| planner.tree(targets)).collect();
     check_space(stores, scan, &mut trees)?;
     if trees.iter().all(|tree| tree.refusal.is_some())
         && let Some(refusal) = trees.iter_mut().find_map(|tree| tree.refusal.take())
@@ -143,28 +150,62 @@ fn probe(stores: &Stores, index: usize, dry_run: bool) -> Result<Capabilities> {
     Ok(found)
 }
 
-fn plan_tree(
-    stores: &Stores,
-    scan: &Scan,
-    request: &Request<'_>,
-    capabilities: &BTreeMap<usize, Capabilities>,
-    targets: Vec<NodeId>,
-) -> TreePlan {
-    let planned = select(stores, scan, request, &targets).and_then(|groups| {
-        follow::plan(stores, scan, &targets, request.force)?;
-        let mut entries = groups
-            .merges
-            .iter()
-            .map(|merge| plan_merge(stores, scan, request, capabilities, merge))
-            .collect::<Result<Vec<_>>>()?;
-        entries.extend(groups.removals.iter().map(|member| plan_removal(scan, *member)));
-        Ok((entries, groups.departures))
-    });
-    match planned {
-        Ok((entries, departures)) => TreePlan { targets, entries, departures, refusal: None },
-        Err(refusal) => {
-            TreePlan { targets, entries: Vec::new(), departures: Vec::new(), refusal: Some(refusal) }
+/// What all trees of one plan are planned with.
+struct Planner<'a> {
+    stores: &'a Stores,
+    scan: &'a Scan,
+    request: &'a Request<'a>,
+    capabilities: &'a BTreeMap<usize, Capabilities>,
+    /// Memory of the layouts kept so far.
+    kept_bytes: &'a AtomicU64,
+}
+
+impl Planner<'_> {
+    fn tree(&self, targets: Vec<NodeId>) -> TreePlan {
+        let Self { stores, scan, request, .. } = *self;
+        let planned = select(stores, scan, request, &targets).and_then(|groups| {
+            follow::plan(stores, scan, &targets, request.force)?;
+            let mut entries =
+                groups.merges.iter().map(|merge| self.merge(merge)).collect::<Result<Vec<_>>>()?;
+            entries.extend(groups.removals.iter().map(|member| plan_removal(scan, *member)));
+            Ok((entries, groups.departures))
+        });
+        match planned {
+            Ok((entries, departures)) => TreePlan { targets, entries, departures, refusal: None },
+            Err(refusal) => {
+                TreePlan { targets, entries: Vec::new(), departures: Vec::new(), refusal: Some(refusal) }
+            }
         }
+    }
+
+    fn merge(&self, merge: &Merge) -> Result<Entry> {
+        let Self { stores, scan, request, capabilities, kept_bytes } = *self;
+        let Chosen { choice, layout } = choose(stores, scan, request, capabilities, merge)?;
+        let Choice { mode, reason, cost } = choice;
+        let layout = (mode != Mode::InPlace).then_some(layout).filter(|layout| {
+            let bytes = layout.memory_bytes();
+            kept_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= KEPT_LAYOUTS_BYTES
+        });
+        // A member with several children goes with the last of them; its space is counted with its first.
+        let first_child = |id: &NodeId| {
+            let child = merge.merged.iter().position(|other| other == id);
+            let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
+            scan.graph.children(*id).first() == Some(above)
+        };
+        let gone: u64 =
+            merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
+        let before = gone + scan.allocated_bytes(merge.survivor);
+        Ok(Entry {
+            members: merge.merged.clone(),
+            into: Some(merge.survivor),
+            mode,
+            reason,
+            cost,
+            bytes_to_free: before.saturating_sub(cost.file_bytes()),
+            bytes_needed: cost.written_bytes(),
+            merge: Some(merge.clone()),
+            layout,
+        })
     }
 }
 
@@ -178,36 +219,8 @@ fn plan_removal(scan: &Scan, member: NodeId) -> Entry {
         bytes_to_free: scan.allocated_bytes(member),
         bytes_needed: 0,
         merge: None,
+        layout: None,
     }
-}
-
-fn plan_merge(
-    stores: &Stores,
-    scan: &Scan,
-    request: &Request<'_>,
-    capabilities: &BTreeMap<usize, Capabilities>,
-    merge: &Merge,
-) -> Result<Entry> {
-    let Choice { mode, reason, cost } = choose(stores, scan, request, capabilities, merge)?;
-    // A member with several children goes with the last of them; its space is counted with its first.
-    let first_child = |id: &NodeId| {
-        let child = merge.merged.iter().position(|other| other == id);
-        let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
-        scan.graph.children(*id).first() == Some(above)
-    };
-    let gone: u64 =
-        merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
-    let before = gone + scan.allocated_bytes(merge.survivor);
-    Ok(Entry {
-        members: merge.merged.clone(),
-        into: Some(merge.survivor),
-        mode,
-        reason,
-        cost,
-        bytes_to_free: before.saturating_sub(cost.file_bytes()),
-        bytes_needed: cost.written_bytes(),
-        merge: Some(merge.clone()),
-    })
 }
 
 /// Refuses what does not fit beside what was planned before it. All entries may run at the same time.
