@@ -28,6 +28,8 @@ pub struct Decided<'s> {
     /// Whether this process has made the published names durable.
     synced: AtomicBool,
     grown: Mutex<Vec<Grown>>,
+    /// What keeps QEMU's writers out of files that are merged into in place.
+    locks: Mutex<Vec<Box<dyn Send + Sync>>>,
 }
 
 /// What a merge in place wrote and proved.
@@ -60,6 +62,7 @@ impl<'s> Decided<'s> {
                 _lease: lease,
                 synced: AtomicBool::new(false),
                 grown: Mutex::default(),
+                locks: Mutex::default(),
             }),
             Decision::Abort => None,
         }
@@ -73,6 +76,16 @@ impl<'s> Decided<'s> {
 
     pub(super) fn note(&self, grown: Grown) {
         self.grown.lock().unwrap_or_else(PoisonError::into_inner).push(grown);
+    }
+
+    /// Takes a file's image locks over, until [`Decided::let_writers_in`] or its own end.
+    pub(super) fn keep_writers_out(&self, lock: Box<dyn Send + Sync>) {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner).push(lock);
+    }
+
+    /// Gives the image locks back.
+    pub(super) fn let_writers_in(&self) {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Its id.

@@ -105,6 +105,8 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
         }
     }
     sync(site, operations, &due)?;
+    // What was merged in place has one name again, or is to keep both.
+    operations.iter().for_each(|(decided, _)| decided.let_writers_in());
     Ok(outcomes)
 }
 

@@ -49,6 +49,7 @@ pub fn complete(
         _ => return taken_back("was replaced or removed by somebody else"),
     }
     if stat(&at, &publication.from)?.is_some() {
+        keep_writers_out(site, decided, publication)?;
         return Ok(Ok(()));
     }
     let file = at.backend.open_writable(&lowest.path).map_err(at.failed("open"))?;
@@ -58,7 +59,7 @@ pub fn complete(
     }
     // QEMU must not begin to write into what is being changed; where there are no locks the operator or the
     // planner has made sure.
-    let _held = match file.hold_image_locks() {
+    let held = match file.hold_image_locks() {
         Ok(Some(held)) => Some(held),
         Ok(None) => return taken_back("is open for writing"),
         Err(error) if error.is_unsupported() => None,
@@ -90,7 +91,35 @@ pub fn complete(
     take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
     file.sync().map_err(at.failed("make durable"))?;
     link(at.backend, &lowest.path, &publication.from).map_err(at.failed("give a second name to"))?;
+    if let Some(held) = held {
+        decided.keep_writers_out(held);
+    }
     Ok(Ok(()))
+}
+
+/// Keeps QEMU's writers out of a file that was merged into, as long as it has the deleted member's name beside
+/// the survivor's: a `rebase -u` of the one onto the other would make it stand on itself. A writer that is in
+/// already stays; where there are no locks there is nothing to take.
+pub fn keep_writers_out(site: &Site<'_>, decided: &Decided<'_>, publication: &Publication) -> Result<()> {
+    let Some(lowest) = publication.in_place.as_ref().and_then(|plan| plan.members.first()) else {
+        return Ok(());
+    };
+    let at = site.at(lowest)?;
+    if !stat(&at, &lowest.path)?.is_some_and(|found| publication.is_new(&found)) {
+        return Ok(());
+    }
+    let file = match at.backend.open(&lowest.path) {
+        Ok(file) => file,
+        Err(BackendError::NotFound { .. }) => return Ok(()),
+        Err(source) => return Err(at.failed("open")(source)),
+    };
+    match file.hold_image_locks() {
+        Ok(Some(held)) => decided.keep_writers_out(held),
+        Ok(None) => {}
+        Err(error) if error.is_unsupported() => {}
+        Err(source) => return Err(at.failed("lock")(source)),
+    }
+    Ok(())
 }
 
 /// Writes behind the end, proves, switches.

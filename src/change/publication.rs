@@ -82,6 +82,7 @@ fn look(
     let now = stat(at, &publication.at.path)?;
     if publication.in_place.is_some() {
         if now.as_ref().is_some_and(|now| publication.is_new(now)) {
+            in_place::keep_writers_out(site, decided, publication)?;
             release(at, &publication.from)?;
             return Ok(Some(Published::Done));
         }

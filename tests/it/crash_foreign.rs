@@ -4,13 +4,14 @@
 //! they have not made wrong themselves.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use qchain::backend::faulty::Faulty;
+use qchain::backend::faulty::{Faulty, Lasting};
 use qchain::backend::posix::PosixStore;
 use qchain::change::recover::Action;
 use qchain::change::witness::Witness;
@@ -66,6 +67,7 @@ impl Deed {
     const ALL: [Self; 5] = [Self::Remove, Self::Adopt, Self::Rebase, Self::Label, Self::Replace];
 }
 
+const EIO: i32 = 5;
 const CHILD: &str = "6f9619ff-8b86-4d01-b42d-00cf4fc96409";
 const LABEL: &str = "name='sdx'";
 
@@ -165,8 +167,6 @@ struct Verdict<'a> {
     mode: ModeChoice,
     /// The actor was there before the deletion looked: then what he made is what was asked away.
     early: bool,
-    /// What the deletion said.
-    success: bool,
     wrong: Vec<String>,
 }
 
@@ -242,13 +242,7 @@ impl Verdict<'_> {
         let b_gone = actor.did(Deed::Remove, Role::Survivor) || actor.did(Deed::Replace, Role::Survivor);
         let a_gone = actor.did(Deed::Remove, Role::Deleted) || actor.did(Deed::Replace, Role::Deleted);
         let old_b = self.now.get(&member("b")) == self.chain.files.get(&member("b"));
-        // Merged in place both names are one file for a while: whoever makes the one stand on the other then
-        // makes it stand on itself. Nothing of his is undone, and the deletion says that it did not end well.
-        let on_itself = actor.did(Deed::Rebase, Role::Survivor)
-            && self.mode == ModeChoice::InPlace
-            && self.now.get(&member("a")) == self.now.get(&member("b"))
-            && !self.success;
-        let b_lost = b_gone || on_itself || a_gone && (old_b || self.early);
+        let b_lost = b_gone || a_gone && (old_b || self.early);
         if !base_gone {
             self.wrong.extend(self.same(&member("base"), "base"));
             if !b_lost {
@@ -296,76 +290,173 @@ impl Verdict<'_> {
     }
 }
 
-/// One actor at one call.
-fn meet(root: &Path, chain: &Chain, judge: &Judge, mode: ModeChoice, actor: &Actor, at: u64) -> Row {
-    chain.put(root);
-    actor.acted.store(false, Ordering::Relaxed);
-    let faulty = Faulty::new(Arc::new(PosixStore::open(root).unwrap()));
-    let hook = actor.clone();
-    faulty.before_mutation(at, move || hook.act());
-    let stores = open_with(root, Arc::new(faulty.clone()));
-    let result = act(&stores, Verb::Delete, &chain.deleted, mode, Terms::default());
-    let calls = mutations(&faulty.trace());
-    let mut row = Row {
-        verb: format!("{:?}-{:?}", actor.deed, actor.role).to_lowercase(),
-        mode: word(mode),
-        fs: "xfs".to_owned(),
-        shape: format!("{:?}", chain.shape).to_lowercase(),
-        number: at,
-        call: calls.get(usize::try_from(at).unwrap()).cloned().unwrap_or_default(),
-        ..Row::default()
-    };
-    let (stores, cancel) = (open(root), Cancel::default());
-    let site = Site::new(&stores, &SystemClock, &cancel, LONG);
-    let mut actions = Vec::new();
-    for _ in 0..2 {
-        actions = recover(&site, Witness::None).unwrap().into_iter().map(|one| one.action).collect();
+/// Where others are met.
+struct Room {
+    root: PathBuf,
+    fs: FsKind,
+    chain: Chain,
+    judge: Judge,
+}
+
+impl Room {
+    fn new(mount: &LoopMount, fs: FsKind) -> Self {
+        let chain = Chain::make(Shape::Cloudstack, seed());
+        Self { root: mount.path().join("s"), fs, chain, judge: Judge::default() }
     }
-    let now = outside(root);
-    let gone = !now.contains_key(&member("a"));
-    row.end = match (&result, &actions[..]) {
-        (_, [action, ..]) => action.word().to_owned(),
-        (Ok(()), []) => "done".to_owned(),
-        (Err(_), []) => if gone { "failed, gone" } else { "failed, kept" }.to_owned(),
-    };
-    if actions.iter().any(|action| matches!(action, Action::Failed { .. } | Action::Busy)) {
-        row.after.push(format!("{actions:?}"));
+
+    fn faulty(&self) -> Faulty {
+        Faulty::new(Arc::new(PosixStore::open(&self.root).unwrap()))
     }
-    if result.is_ok() && !gone && !actor.did(Deed::Replace, Role::Deleted) {
-        row.after.push("a success, but the member is there".to_owned());
+
+    fn act(&self, faulty: &Faulty, verb: Verb, mode: ModeChoice) -> Result<(), String> {
+        let stores = open_with(&self.root, Arc::new(faulty.clone()));
+        act(&stores, verb, &self.chain.deleted, mode, Terms::default())
     }
-    let scanned = calls.iter().position(|call| call.starts_with("probe")).unwrap_or(0) as u64;
-    let (early, success) = (at < scanned, result.is_ok());
-    let verdict = Verdict { chain, judge, now: &now, actor, mode, early, success, wrong: Vec::new() };
-    row.after.extend(verdict.judged());
-    if actions.is_empty() {
-        row.leaks = left_inside(root);
+
+    /// The chain as it is put there, and how often a deletion of it changes the store.
+    fn clean(&self, mode: ModeChoice) -> u64 {
+        self.chain.put(&self.root);
+        let faulty = self.faulty();
+        self.act(&faulty, Verb::Delete, mode).unwrap();
+        faulty.mutations()
     }
-    row
+
+    /// A deletion that was cut off before its call of that number.
+    fn cut_off(&self, mode: ModeChoice, at: u64) {
+        self.chain.put(&self.root);
+        let faulty = self.faulty();
+        faulty.fail_at(at, EIO, Lasting::Dead);
+        let _ = self.act(&faulty, Verb::Delete, mode);
+    }
+
+    /// One actor at one call of what is done to the store as it is now.
+    fn meet(&self, verb: Verb, mode: ModeChoice, actor: &Actor, at: u64) -> Row {
+        actor.acted.store(false, Ordering::Relaxed);
+        let faulty = self.faulty();
+        let hook = actor.clone();
+        faulty.before_mutation(at, move || hook.act());
+        let result = self.act(&faulty, verb, mode);
+        let calls = mutations(&faulty.trace());
+        let mut row = Row {
+            verb: format!("{:?}-{:?}", actor.deed, actor.role).to_lowercase(),
+            mode: word(mode),
+            fs: format!("{:?}", self.fs).to_lowercase(),
+            shape: format!("{:?}", self.chain.shape).to_lowercase(),
+            number: at,
+            call: calls.get(usize::try_from(at).unwrap()).cloned().unwrap_or_default(),
+            ..Row::default()
+        };
+        let (stores, cancel) = (open(&self.root), Cancel::default());
+        let site = Site::new(&stores, &SystemClock, &cancel, LONG);
+        let mut actions = Vec::new();
+        for _ in 0..2 {
+            actions = recover(&site, Witness::None).unwrap().into_iter().map(|one| one.action).collect();
+        }
+        let now = outside(&self.root);
+        let gone = !now.contains_key(&member("a"));
+        row.end = match (&result, &actions[..]) {
+            (_, [action, ..]) => action.word().to_owned(),
+            (Ok(()), []) => "done".to_owned(),
+            (Err(_), []) => if gone { "failed, gone" } else { "failed, kept" }.to_owned(),
+        };
+        if actions.iter().any(|action| matches!(action, Action::Failed { .. } | Action::Busy)) {
+            row.after.push(format!("{actions:?}"));
+        }
+        let deleted = verb == Verb::Delete && result.is_ok();
+        if deleted && !gone && !actor.did(Deed::Replace, Role::Deleted) {
+            row.after.push("a success, but the member is there".to_owned());
+        }
+        let scanned = calls.iter().position(|call| call.starts_with("probe")).unwrap_or(0) as u64;
+        let (chain, judge, early) = (&self.chain, &self.judge, at < scanned);
+        let verdict = Verdict { chain, judge, now: &now, actor, mode, early, wrong: Vec::new() };
+        row.after.extend(verdict.judged());
+        if actions.is_empty() {
+            row.leaks = left_inside(&self.root);
+        }
+        row
+    }
+}
+
+/// Everybody at every call of a deletion.
+fn deletions(fs: FsKind) {
+    let mount = LoopMount::in_memory(fs, 512 << 20);
+    let room = Room::new(&mount, fs);
+    let mut table = Table::new(&format!("crash-foreign-{fs:?}").to_lowercase());
+    let turn = Rc::new(Cell::new(usize::try_from(seed()).unwrap()));
+    for mode in Shape::Cloudstack.modes(fs) {
+        let calls = room.clean(mode);
+        for deed in Deed::ALL {
+            for role in Role::ALL {
+                let actor = Actor::new(&room.root, &room.chain, role, deed);
+                turn.set(turn.get() + 1);
+                let xfs = fs == FsKind::Xfs;
+                let always =
+                    xfs && mode == ModeChoice::Copy && role == Role::Survivor && deed == Deed::Remove;
+                let step = match (full() || always, xfs) {
+                    (true, _) => 1,
+                    (false, true) => 11,
+                    (false, false) => 29,
+                };
+                for at in (0..calls).skip(turn.get() % step).step_by(step) {
+                    room.chain.put(&room.root);
+                    table.rows.push(room.meet(Verb::Delete, mode, &actor, at));
+                }
+            }
+        }
+    }
+    table.finish();
 }
 
 #[test]
 fn others_meet_a_deletion_at_every_call() {
-    let mount = LoopMount::in_memory(FsKind::Xfs, 512 << 20);
-    let root = mount.path().join("s");
-    let chain = Chain::make(Shape::Cloudstack, seed());
-    let judge = Judge::default();
-    let mut table = Table::new("crash-foreign-xfs");
-    let turn = Rc::new(Cell::new(usize::try_from(seed()).unwrap()));
-    for mode in [ModeChoice::Clone, ModeChoice::Copy, ModeChoice::InPlace] {
-        chain.put(&root);
-        let faulty = Faulty::new(Arc::new(PosixStore::open(&root).unwrap()));
-        let stores = open_with(&root, Arc::new(faulty.clone()));
-        act(&stores, Verb::Delete, &chain.deleted, mode, Terms::default()).unwrap();
-        let calls = faulty.mutations();
+    deletions(FsKind::Xfs);
+}
+
+#[test]
+fn others_meet_a_deletion_on_btrfs() {
+    deletions(FsKind::Btrfs);
+}
+
+#[test]
+fn others_meet_a_deletion_on_ext4() {
+    deletions(FsKind::Ext4);
+}
+
+/// Everybody at every call of the recovery of a merge in place, wherever that was cut off. Between the two
+/// nobody keeps QEMU's writers out: the survivor is rebased from the moment on when its locks are held again.
+#[test]
+fn others_meet_the_recovery_of_a_merge_in_place() {
+    let mount = LoopMount::in_memory(FsKind::Ext4, 512 << 20);
+    let (room, mode) = (Room::new(&mount, FsKind::Ext4), ModeChoice::InPlace);
+    let mut table = Table::new("crash-foreign-recovery");
+    let mut courses = BTreeSet::new();
+    let mut turn = usize::try_from(seed()).unwrap();
+    for cut in 0..room.clean(mode) {
+        room.cut_off(mode, cut);
+        let faulty = room.faulty();
+        let _ = room.act(&faulty, Verb::Recover, mode);
+        let trace = faulty.trace();
+        if !courses.insert(mutations(&trace)) {
+            continue;
+        }
+        let locked = trace.iter().position(|call| call.name == "hold_image_locks").unwrap_or(trace.len());
+        let locked = trace[..locked].iter().filter(|call| call.mutation.is_some()).count();
         for deed in Deed::ALL {
             for role in Role::ALL {
-                let actor = Actor::new(&root, &chain, role, deed);
-                turn.set(turn.get() + 1);
-                let always = mode == ModeChoice::Copy && role == Role::Survivor && deed == Deed::Remove;
-                let step = if full() || always { 1 } else { 11 };
-                for at in (0..calls).skip(turn.get() % step).step_by(step) {
-                    table.rows.push(meet(&root, &chain, &judge, mode, &actor, at));
+                let rebase = deed == Deed::Rebase && role == Role::Survivor;
+                let actor = Actor::new(&room.root, &room.chain, role, deed);
+                turn += 1;
+                let step = match (full(), rebase) {
+                    (true, _) => 1,
+                    (false, true) => 7,
+                    (false, false) => 199,
+                };
+                let first = if rebase { locked } else { 0 };
+                for at in (first..mutations(&trace).len()).skip(turn % step).step_by(step) {
+                    room.cut_off(mode, cut);
+                    let mut row = room.meet(Verb::Recover, mode, &actor, at as u64);
+                    row.verb = format!("recover-{cut}-{}", row.verb);
+                    table.rows.push(row);
                 }
             }
         }
