@@ -86,8 +86,19 @@ pub enum ChangeError {
         /// What is in the way.
         reason: String,
     },
+    /// The store failed while the number was claimed: it may have been taken, and may not last.
+    #[error(
+        "whether {operation} was decided is not certain; qchain recover finds out, and finishes it or takes it back"
+    )]
+    Uncertain {
+        /// The operation.
+        operation: String,
+        /// The cause.
+        #[source]
+        source: Box<ChangeError>,
+    },
     /// A merge in place failed after its decision.
-    #[error("merging in place into {member} failed: {detail}; it is finished by recover")]
+    #[error("merging in place into {member} failed: {detail}")]
     InPlace {
         /// The member written into.
         member: String,
@@ -127,6 +138,7 @@ impl Failure for ChangeError {
                 _ => Kind::Refused,
             },
             Self::Witness { .. } => Kind::Io,
+            Self::Uncertain { source, .. } => source.kind(),
             Self::Cancelled => Kind::Cancelled,
         }
     }
@@ -143,6 +155,7 @@ impl Failure for ChangeError {
             Self::BadRecord { .. } => Code::BadChangeRecord,
             Self::NotUndoable { .. } => Code::NotUndoable,
             Self::InPlace { code, .. } => *code,
+            Self::Uncertain { .. } => Code::Decided,
             Self::Witness { .. } => Code::Io,
             Self::Cancelled => Code::Cancelled,
         }
@@ -156,6 +169,7 @@ impl Failure for ChangeError {
             | Self::Witness { member, .. } => Some(member),
             Self::Checkpoint { path, .. } => Some(path),
             Self::Stores(source) => source.member(),
+            Self::Uncertain { source, .. } => source.member(),
             _ => None,
         }
     }

@@ -209,7 +209,11 @@ impl<'s> Operation<'s> {
             Err(error) => {
                 let claimed = self.journal()?.claim(&claim.tree, claim.generation);
                 self.open = matches!(claimed, Ok(super::journal::Found::Nothing));
-                return Err(error);
+                if self.open {
+                    return Err(error);
+                }
+                let operation = self.id().to_string();
+                return Err(ChangeError::Uncertain { operation, source: Box::new(error) });
             }
         }
         self.open = false;

@@ -285,6 +285,11 @@ codes! {
         "A file was changed or replaced by somebody else while the operation ran.",
         "None: the operation stopped before its decision.",
         "Try again when the other actor is done.";
+    /// An error stopped an operation that was decided.
+    Decided = "decided", Error,
+        "The operation was decided, and then the store failed: what is left of it is done by whoever recovers it.",
+        "None: every view is right. Until then deleted members may have their names, and take their space.",
+        "See to the storage; then qchain recover, or any change, which begins with that.";
     /// A tree that nothing is done to until somebody has looked.
     Frozen = "frozen", Error,
         "An operation on the member's tree was found to be wrong, so nothing more is done to the tree.",

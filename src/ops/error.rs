@@ -2,7 +2,7 @@
 
 use crate::chain::delete::DeleteError;
 use crate::change::ChangeError;
-use crate::failure::{Code, Failure, Kind};
+use crate::failure::{Code, Failure, Kind, with_causes};
 use crate::progress::Cancelled;
 use crate::qcow2::ImageError;
 use crate::store::StoreError;
@@ -35,6 +35,16 @@ pub enum OpError {
         /// Why, in a sentence.
         message: String,
     },
+    /// The store failed after the decision: it is done, by whoever recovers it.
+    #[error("{}{message}", lead(member))]
+    Decided {
+        /// What kind of failure it was.
+        kind: Kind,
+        /// The member; empty if it is about none.
+        member: String,
+        /// What failed, and what is to be done.
+        message: String,
+    },
     /// Too little room.
     #[error("{store} has {free_bytes} bytes free; {needed_bytes} are needed")]
     NoSpace {
@@ -56,6 +66,26 @@ impl From<ChangeError> for OpError {
     }
 }
 
+impl OpError {
+    /// An error between the decision and the end. The store's own failures pass, and recovery does what is left;
+    /// it is not tried again here, as a sync that failed may say nothing the second time. Other reasons stand
+    /// against the end as long as they are there.
+    pub(super) fn after_decision(error: &dyn Failure) -> Self {
+        let member = error.member().unwrap_or_default().to_owned();
+        let message = with_causes(error);
+        match error.kind() {
+            kind @ (Kind::Io | Kind::NoSpace | Kind::Busy | Kind::Cancelled) => {
+                let message = format!("it is decided, and qchain recover finishes it: {message}");
+                Self::Decided { kind, member, message }
+            }
+            Kind::Damage | Kind::Usage | Kind::Refused | Kind::NotFound | Kind::Corrupt => {
+                let message = format!("it is decided, and goes no further: {message}");
+                Self::Refused { code: error.code(), member, message }
+            }
+        }
+    }
+}
+
 /// How a message about a member begins.
 fn lead(member: &str) -> String {
     if member.is_empty() { String::new() } else { format!("{member}: ") }
@@ -69,6 +99,7 @@ impl Failure for OpError {
             Self::Delete(error) => error.kind(),
             Self::Change(error) => error.kind(),
             Self::Refused { code, .. } => refusal_kind(*code),
+            Self::Decided { kind, .. } => *kind,
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Cancelled(_) => Kind::Cancelled,
         }
@@ -81,6 +112,7 @@ impl Failure for OpError {
             Self::Delete(error) => error.code(),
             Self::Change(error) => error.code(),
             Self::Refused { code, .. } => *code,
+            Self::Decided { .. } => Code::Decided,
             Self::NoSpace { .. } => Code::NoSpace,
             Self::Cancelled(_) => Code::Cancelled,
         }
@@ -92,7 +124,9 @@ impl Failure for OpError {
             Self::Image(error) => error.member(),
             Self::Delete(error) => error.member(),
             Self::Change(error) => error.member(),
-            Self::Refused { member, .. } => Some(member.as_str()).filter(|member| !member.is_empty()),
+            Self::Refused { member, .. } | Self::Decided { member, .. } => {
+                Some(member.as_str()).filter(|member| !member.is_empty())
+            }
             Self::NoSpace { .. } | Self::Cancelled(_) => None,
         }
     }

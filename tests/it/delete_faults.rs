@@ -10,9 +10,10 @@ use qchain::backend::Backend;
 use qchain::backend::faulty::{Faulty, Lasting};
 use qchain::backend::memory::MemoryStore;
 use qchain::backend::posix::PosixStore;
+use qchain::change::record::{Claim, Decision};
 use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
-use qchain::failure::{Code, Failure};
+use qchain::failure::{Code, Failure, Kind as FailureKind};
 use qchain::ids::StorePath;
 use qchain::ops::Result;
 use qchain::ops::delete::{ModeChoice, Report};
@@ -110,6 +111,28 @@ fn assert_truths(backend: &Arc<dyn Backend>, truths: &Truths, context: &str) {
     }
 }
 
+/// What was decided and not done says so, and nothing else does.
+fn says_whether_it_is_decided(store: &dyn Backend, result: &Result<Report>, context: &str) {
+    let error = match result {
+        Ok(report) => report.first_failure(),
+        Err(error) => Some(error),
+    };
+    let trees = store.read_dir(&path(".qchain/generations")).unwrap_or_default();
+    let claims = trees.into_iter().flat_map(|tree| {
+        let tree = path(".qchain/generations").join(&tree.name.unwrap()).unwrap();
+        let numbers = store.read_dir(&tree).unwrap();
+        numbers.into_iter().map(move |number| tree.join(&number.name.unwrap()).unwrap()).collect::<Vec<_>>()
+    });
+    let decided = claims.filter_map(|claim| content(store, claim.as_str())).any(|claim| {
+        let claim: Option<Claim> = serde_json::from_slice(&claim).ok();
+        claim.is_some_and(|claim| matches!(claim.decision, Decision::Commit(_)))
+    });
+    if let Some(error) = error {
+        assert_eq!(error.code() == Code::Decided, decided, "{context}: {error}");
+        assert!(matches!(error.kind(), FailureKind::Io | FailureKind::NoSpace), "{context}: {error}");
+    }
+}
+
 /// Lets one mutating call after the other fail, each on a fresh store.
 fn fail_everywhere(fresh: &dyn Fn() -> Arc<dyn Backend>, truths: &Truths, mode: ModeChoice, step: usize) {
     let clean = Faulty::new(fresh());
@@ -135,6 +158,7 @@ fn fail_everywhere(fresh: &dyn Fn() -> Arc<dyn Backend>, truths: &Truths, mode: 
             let open = entries_of(inner.as_ref(), ".qchain/intents");
             assert!(failed_removing || open == 1 || temporaries(inner.as_ref()) == 0, "{context}");
             assert_truths(&inner, truths, &context);
+            says_whether_it_is_decided(inner.as_ref(), &result, &context);
             let gone = ["a", "b"].map(|name| inner.stat(&path(name)).is_err());
             assert!(!done(&result) || gone == [true, true], "{context}: {gone:?}");
             // Once more, on the store as it is now.

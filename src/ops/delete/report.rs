@@ -10,7 +10,7 @@ use crate::ops::delete::plan::Mode;
 pub enum Status {
     /// As planned.
     Done,
-    /// It failed; the old state stands.
+    /// It failed: the old state stands, or, with the code `decided`, recovery finishes it.
     Failed,
     /// Not begun, because it would be unsafe.
     Refused,

@@ -49,18 +49,12 @@ pub fn run(context: &Context<'_>, _guard: &Guard) -> Result<Report> {
         let Some(changed) = changed else { continue };
         let result = match &departed {
             Ok(departed) => Ok(departed.get(index).cloned().unwrap_or_default()),
-            Err(error) => Err(stopped(error)),
+            Err(error) => Err(OpError::after_decision(error)),
         };
         index += 1;
         conclude(context, tree, changed, result, outcomes);
     }
     Ok(Report { outcomes: trees.into_iter().flat_map(|(outcomes, _)| outcomes).collect() })
-}
-
-/// An error between the decision and the end: what is left is finished by whoever recovers it.
-fn stopped(error: &dyn Failure) -> OpError {
-    let message = format!("it is decided, and recover finishes it: {}", crate::failure::with_causes(error));
-    OpError::Refused { code: error.code(), member: error.member().unwrap_or_default().to_owned(), message }
 }
 
 fn run_tree<'s>(context: &Context<'s>, tree: &TreePlan) -> (Vec<Outcome>, Option<Changed<'s>>) {
@@ -141,7 +135,7 @@ fn change<'s>(
         .collect();
     context.cancel.check()?;
     let decided = operation.decide(commit, &roots)?;
-    let published = decided.publish().map_err(|error| stopped(&error))?;
+    let published = decided.publish().map_err(|error| OpError::after_decision(&error))?;
     note_grown(context, tree, &decided, outcomes);
     Ok(Some(Changed { decided, published }))
 }
@@ -280,7 +274,7 @@ fn conclude(
         let extent = Extent::default();
         let action =
             finish(context.site, decided, published, &departed, extent, context.terms.witness, &mut kept)
-                .map_err(|error| stopped(&error))?;
+                .map_err(|error| OpError::after_decision(&error))?;
         Ok((departed, action))
     });
     match done {
@@ -376,7 +370,9 @@ fn outcome(members: &[NodeId], into: Option<NodeId>, mode: Option<Mode>) -> Outc
 }
 
 fn fail(outcome: &mut Outcome, error: OpError) {
-    outcome.status = Status::of(error.kind());
+    // Only what was not begun is busy or refused.
+    let decided = error.code() == Code::Decided;
+    outcome.status = if decided { Status::Failed } else { Status::of(error.kind()) };
     outcome.error = Some(error);
 }
 
@@ -387,13 +383,19 @@ fn again(error: &OpError) -> OpError {
             OpError::NoSpace { store: store.clone(), free_bytes: *free_bytes, needed_bytes: *needed_bytes }
         }
         OpError::Cancelled(cancelled) => OpError::Cancelled(*cancelled),
+        OpError::Decided { kind, member, message } => {
+            OpError::Decided { kind: *kind, member: member.clone(), message: message.clone() }
+        }
         OpError::Refused { code, member, message } => {
             OpError::Refused { code: *code, member: member.clone(), message: message.clone() }
         }
-        error => OpError::Refused {
-            code: error.code(),
-            member: error.member().unwrap_or_default().to_owned(),
-            message: crate::failure::with_causes(error),
-        },
+        error => {
+            let member = error.member().unwrap_or_default().to_owned();
+            let message = crate::failure::with_causes(error);
+            match error.code() {
+                Code::Decided => OpError::Decided { kind: error.kind(), member, message },
+                code => OpError::Refused { code, member, message },
+            }
+        }
     }
 }

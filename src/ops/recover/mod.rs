@@ -163,14 +163,15 @@ pub fn undo(site: &Site<'_>, text: &str, witness: Witness) -> Result<Undone> {
     let _guard = begin(site, witness)?;
     let done = find(site, text)?;
     let undo = decide_undo(site, done.home, &done.name())?;
-    let published = undo.publish()?;
+    let stopped = |error| OpError::after_decision(&error);
+    let published = undo.publish().map_err(stopped)?;
     let left = published.iter().filter_map(|one| match one {
         Published::TakenBack { reason, .. } => Some(reason.clone()),
         Published::Done => None,
     });
     let left = left.collect();
     let (mut kept, nobody) = (Vec::new(), Witness::None);
-    let action = carry_on(site, &undo, &published, Extent::default(), nobody, &mut kept)?;
+    let action = carry_on(site, &undo, &published, Extent::default(), nobody, &mut kept).map_err(stopped)?;
     Ok(Undone { done, operation: undo.id().clone(), action, left })
 }
 
