@@ -333,6 +333,10 @@ impl Backend for Faulty {
         self.pair(HARD_LINK, from, to, || self.inner.hard_link(from, to))
     }
 
+    fn same_mount(&self, a: &StorePath, b: &StorePath) -> Result<bool> {
+        self.call("same_mount", a, false, || self.inner.same_mount(a, b))
+    }
+
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
         self.call("sync_dir", path, true, || self.inner.sync_dir(path))
     }

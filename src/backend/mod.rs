@@ -92,6 +92,12 @@ pub trait Backend: Send + Sync + Debug {
     /// [`BackendError::is_unsupported`] where a file can have one name only. Only [`publish`] calls this.
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()>;
 
+    /// Whether a rename can lead from one directory to the other: whether they are on one file system, and
+    /// are reached by one mount of it.
+    fn same_mount(&self, a: &StorePath, b: &StorePath) -> Result<bool> {
+        Ok(self.stat(a)?.id.device == self.stat(b)?.id.device)
+    }
+
     /// Makes the names of a directory durable.
     fn sync_dir(&self, path: &StorePath) -> Result<()>;
 

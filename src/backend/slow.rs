@@ -132,6 +132,10 @@ impl Backend for Slow {
         self.inner().hard_link(from, to)
     }
 
+    fn same_mount(&self, a: &StorePath, b: &StorePath) -> Result<bool> {
+        self.inner().same_mount(a, b)
+    }
+
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
         self.inner().sync_dir(path)
     }

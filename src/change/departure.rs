@@ -11,6 +11,7 @@ use crate::change::keep::{release, sync_all};
 use crate::change::publication::{Published, stat};
 use crate::change::record::{Departure, KeptFile, Publication};
 use crate::change::site::{At, Site};
+use crate::change::yard;
 use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::progress::Silent;
@@ -106,7 +107,9 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
     }
     sync(site, operations, &due)?;
     // What was merged in place has one name again, or is to keep both.
-    operations.iter().for_each(|(decided, _)| decided.let_writers_in());
+    for (decided, _) in operations {
+        decided.let_writers_in();
+    }
     Ok(outcomes)
 }
 
@@ -186,6 +189,7 @@ fn put_aside(at: &At<'_>, name: &StorePath, kept: &StorePath, is: impl Fn(&Stat)
         }
         _ => {}
     }
+    yard::ensure(at.backend, kept).map_err(at.failed("make room beside"))?;
     match take_name(at.backend, name, kept) {
         Ok(()) | Err(BackendError::NotFound { .. }) => {}
         Err(source) => return Err(at.failed("put aside")(source)),

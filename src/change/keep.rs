@@ -6,6 +6,7 @@ use crate::change::error::Result;
 use crate::change::publication::stat;
 use crate::change::record::Mark;
 use crate::change::site::At;
+use crate::change::yard;
 use crate::ids::StorePath;
 
 /// Whether a file has its second name.
@@ -22,6 +23,7 @@ pub enum Kept {
 /// Gives the file of a name one more name, under which it is kept. The link is compared after it was made: if
 /// it is another file than thought it is removed again, which leaves that file its own name.
 pub fn keep(at: &At<'_>, name: &StorePath, kept: &StorePath, mark: &Mark) -> Result<Kept> {
+    yard::ensure(at.backend, kept).map_err(at.failed("make room beside"))?;
     match link(at.backend, name, kept) {
         Ok(()) | Err(BackendError::AlreadyExists { .. }) => {}
         Err(BackendError::NotFound { .. }) => return Ok(Kept::Another),

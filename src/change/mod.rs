@@ -37,6 +37,7 @@ pub mod sweep;
 pub mod tree;
 pub mod undo;
 pub mod witness;
+pub mod yard;
 
 pub use clock::{Clock, SystemClock};
 pub use decided::{Decided, Grown};

@@ -9,12 +9,13 @@ use crate::change::decided::Decided;
 use crate::change::error::{ChangeError, Result};
 use crate::change::journal::Journal;
 use crate::change::lease::Lease;
-use crate::change::places::{IntentName, Yard};
+use crate::change::places::IntentName;
 use crate::change::record::{
     Claim, Commit, Decision, Departure, Intent, KeptFile, Mark, OperationId, Place, Publication, SCHEMA,
     TreeId,
 };
 use crate::change::site::{At, Site};
+use crate::change::yard::Yard;
 use crate::change::{sweep, tree};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::ids::StorePath;
@@ -286,8 +287,7 @@ pub fn take_back(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> 
         },
         Err(error) => return Err(error),
     }
-    sweep::temporaries_of(site, &name.operation)?;
-    journal.conclude(name)
+    sweep::end(site, &journal, name)
 }
 
 /// A file in the making that is to take the name of another.

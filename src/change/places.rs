@@ -2,7 +2,7 @@
 
 use crate::backend::{Backend, BackendError};
 use crate::ids::StorePath;
-use crate::store::record::{BESIDE_DIRECTORY, own};
+use crate::store::record::own;
 
 use super::record::{OperationId, TreeId};
 
@@ -86,41 +86,6 @@ pub fn temporary(operation: &OperationId, what: &str) -> StorePath {
 #[must_use]
 pub fn operation_of(name: &str) -> Option<OperationId> {
     name.split_once('.').and_then(|(id, _)| OperationId::parse(id))
-}
-
-/// Where temporaries and kept files of a member can lie so that a rename reaches them: in `.qchain/` if that
-/// is on the member's file system, else in a directory beside it, which is made if need be.
-#[derive(Clone, Debug)]
-pub struct Yard {
-    temporaries: StorePath,
-    kept: StorePath,
-}
-
-impl Yard {
-    /// The one for a member.
-    pub fn of(backend: &dyn Backend, member: &StorePath) -> Result<Self, BackendError> {
-        let (temporaries, kept) = (own(&["tmp"]), own(&["trash"]));
-        if backend.stat(&temporaries)?.id.device == backend.stat(&member.parent())?.id.device {
-            return Ok(Self { temporaries, kept });
-        }
-        let Ok(beside) = member.parent().join(BESIDE_DIRECTORY) else {
-            return Ok(Self { temporaries, kept });
-        };
-        make(backend, &beside)?;
-        Ok(Self { temporaries: beside.clone(), kept: beside })
-    }
-
-    /// A temporary.
-    #[must_use]
-    pub fn temporary(&self, operation: &OperationId, what: &str) -> StorePath {
-        self.temporaries.join(&format!("{operation}.{what}")).unwrap_or_else(|_| self.temporaries.clone())
-    }
-
-    /// A file that is kept.
-    #[must_use]
-    pub fn kept(&self, operation: &OperationId, what: &str) -> StorePath {
-        self.kept.join(&format!("{operation}.{what}")).unwrap_or_else(|_| self.kept.clone())
-    }
 }
 
 /// Makes a private directory of qchain's if it is not there; gives whether it was made.

@@ -10,10 +10,10 @@ use crate::change::places::{IntentName, operation_of};
 use crate::change::publication::stat;
 use crate::change::record::{Commit, OperationId, Purpose};
 use crate::change::site::{At, Site};
+use crate::change::yard::Yard;
 use crate::change::{sweep, tree};
 use crate::failure::Code;
 use crate::ids::StorePath;
-use crate::store::record::own;
 use crate::store::scan::Finding;
 
 /// Removes what an operation kept and ends it. Files that are not what was put there are left, and told.
@@ -44,18 +44,13 @@ pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
         {
             let_go(site, commit, &mut findings)?;
         }
-        end(site, &journal, &undone)?;
+        sweep::end(site, &journal, &undone)?;
     }
     // As long as something is left to be looked at the operation is not over: its name protects the files.
     if findings.is_empty() {
-        end(site, &decided.journal()?, &decided.name)?;
+        sweep::end(site, &decided.journal()?, &decided.name)?;
     }
     Ok(findings)
-}
-
-fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> {
-    sweep::temporaries_of(site, &name.operation)?;
-    journal.conclude(name)
 }
 
 /// Lets everything go that a decision kept.
@@ -104,12 +99,14 @@ pub fn held_bytes(site: &Site<'_>, operation: &OperationId) -> Result<u64> {
     let mut bytes = 0;
     for (_, store) in site.stores.iter() {
         let journal = Journal::new(store.backend());
-        for name in journal.names(&own(&["trash"]))? {
-            if operation_of(&name).as_ref() == Some(operation)
-                && let Ok(path) = own(&["trash"]).join(&name)
-                && let Ok(found) = store.backend().stat(&path)
-            {
-                bytes += found.allocated_bytes;
+        for trash in Yard::all(store.backend())?.iter().map(Yard::trash) {
+            for name in journal.names(&trash)? {
+                if operation_of(&name).as_ref() == Some(operation)
+                    && let Ok(path) = trash.join(&name)
+                    && let Ok(found) = store.backend().stat(&path)
+                {
+                    bytes += found.allocated_bytes;
+                }
             }
         }
     }

@@ -166,8 +166,7 @@ fn undone(site: &Site<'_>, journal: &Journal, decided: &Decided<'_>) -> Result<A
     })? {
         return Ok(Action::Grace(decided.grace_until()));
     }
-    sweep::temporaries_of(site, &name.operation)?;
-    journal.conclude(name)?;
+    sweep::end(site, journal, name)?;
     Ok(Action::Finished)
 }
 

@@ -6,9 +6,10 @@ use crate::backend::publish::link;
 use crate::backend::{BackendError, LockKind};
 use crate::change::error::{ChangeError, Result};
 use crate::change::journal::{Found, Journal};
-use crate::change::places::operation_of;
+use crate::change::places::{IntentName, operation_of};
 use crate::change::record::{Decision, OperationId};
 use crate::change::site::Site;
+use crate::change::yard::{self, Yard};
 use crate::ids::StorePath;
 use crate::store::record::own;
 
@@ -20,13 +21,23 @@ const UNKNOWN_NS: i128 = 86_400_000_000_000;
 pub fn temporaries_of(site: &Site<'_>, operation: &OperationId) -> Result<()> {
     for (_, store) in site.stores.iter() {
         let journal = Journal::new(store.backend());
-        let directory = own(&["tmp"]);
-        for name in journal.names(&directory)? {
-            if operation_of(&name).as_ref() == Some(operation) {
-                remove(store.backend().as_ref(), &directory, &name)?;
+        for directory in Yard::all(store.backend())?.iter().map(Yard::temporaries) {
+            for name in journal.names(&directory)? {
+                if operation_of(&name).as_ref() == Some(operation) {
+                    remove(store.backend().as_ref(), &directory, &name)?;
+                }
             }
         }
     }
+    Ok(())
+}
+
+/// Ends an operation: its temporaries go, then its intent, then the places that nobody needs any more.
+pub fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> {
+    temporaries_of(site, &name.operation)?;
+    journal.conclude(name)?;
+    // It is over all the same; whoever sweeps next does the rest.
+    let _ = yard::clear(site.stores);
     Ok(())
 }
 
@@ -38,9 +49,10 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
     let mut found = Vec::new();
     for (index, store) in site.stores.iter() {
         let journal = Journal::new(store.backend());
-        for directory in ["tmp", "trash"] {
-            for name in journal.names(&own(&[directory]))? {
-                found.push((index, directory, name));
+        for yard in Yard::all(store.backend())? {
+            for (parent, kept) in [(yard.temporaries(), false), (yard.trash(), true)] {
+                let names = journal.names(&parent)?;
+                found.extend(names.into_iter().map(|name| (index, parent.clone(), kept, name)));
             }
         }
     }
@@ -48,19 +60,18 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
     for (_, store) in site.stores.iter() {
         open.extend(Journal::new(store.backend()).intents()?.into_iter().map(|name| name.operation));
     }
-    for (index, directory, name) in found {
+    for (index, parent, is_kept, name) in found {
         let store = site.stores.get(index)?;
         let backend = store.backend();
-        let parent = own(&[directory]);
         let goes = match operation_of(&name) {
             Some(operation) if open.contains(&operation) => false,
             // Nothing is put there but by an operation with an intent, and that goes last: an instance that was
             // stopped came too late.
-            Some(operation) if directory == "trash" => {
+            Some(operation) if is_kept => {
                 give_back(site, index, &operation, &parent, &name)?;
                 true
             }
-            _ if directory == "trash" => false,
+            _ if is_kept => false,
             _ => is_alone(site, index)? || is_old(site, index, &parent, &name),
         };
         if goes {
@@ -68,6 +79,7 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
             removed += 1;
         }
     }
+    yard::clear(site.stores)?;
     Ok(removed)
 }
 

@@ -11,7 +11,7 @@ use qchain::ops::delete::{ModeChoice, Terms};
 use super::support::crash::{Chain, Files, Judge, Row, Shape, Table, difference, full, seed, word};
 use super::support::grounds::{Ground, Place};
 use super::support::killing::{Verb, act, mutations};
-use super::support::mounts::{FsKind, LoopMount};
+use super::support::mounts::{Bound, FsKind, LoopMount};
 use super::support::store::open_with;
 
 const EINTR: i32 = 4;
@@ -265,6 +265,19 @@ fn every_error_at_every_call_in_memory() {
             }
         }
     }
+    table.finish();
+}
+
+/// What a change makes and keeps lies beside the members then.
+#[test]
+fn every_error_where_the_records_are_on_another_mount() {
+    let mut table = Table::new("crash-errors-bound");
+    let mount = LoopMount::in_memory(FsKind::Xfs, 512 << 20);
+    let root = mount.path().join("s");
+    let _bound = Bound::new(&mount.path().join("own"), &root.join(".qchain"));
+    let (chain, ground) = (Chain::make(Shape::Cloudstack, seed()), Ground::Disk(root));
+    let steps = if full() { [1, 7, 1] } else { [29, 499, 79] };
+    errors(&ground, "bound", &chain, ModeChoice::Clone, steps, &mut table);
     table.finish();
 }
 

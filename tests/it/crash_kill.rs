@@ -25,7 +25,7 @@ use super::support::crash::{
 };
 use super::support::killing::{Death, LONG, Order, Verb, act, mutations, obey};
 use super::support::later::Later;
-use super::support::mounts::{FsKind, LoopMount};
+use super::support::mounts::{Bound, FsKind, LoopMount};
 use super::support::store::{open, open_with};
 
 /// How far free space may be from what it was, in bytes: directories and journals grow.
@@ -361,5 +361,32 @@ fn recovery_and_undo_are_killed() {
     sequels(FsKind::Ext4, &[ModeChoice::InPlace], &shapes[..1]);
     if full() {
         sequels(FsKind::Btrfs, &[ModeChoice::Clone], shapes);
+    }
+}
+
+/// Stores whose `.qchain` is another mount than their members: on another file system, or just another mount of
+/// the same, which no device number tells. Temporaries and old files lie beside the members then.
+#[test]
+fn a_store_with_its_records_on_another_mount_is_killed() {
+    let (mount, other) =
+        (LoopMount::in_memory(FsKind::Xfs, 512 << 20), LoopMount::in_memory(FsKind::Ext4, 64 << 20));
+    for (name, own) in [("apart", other.path().join("own")), ("bound", mount.path().join("own"))] {
+        let directory = mount.path().join(name);
+        let _bound = Bound::new(&own, &directory.join("s/.qchain"));
+        let room = Room::new(&directory, FsKind::Xfs);
+        let mut table = Table::new(&format!("crash-kill-{name}"));
+        let step = |bounded: usize| if full() { 1 } else { bounded };
+        for (shape, bounded) in [(Shape::Cloudstack, 29), (Shape::Apart, 59), (Shape::Tip, 31)] {
+            let chain = Chain::make(shape, seed());
+            for mode in shape.modes(FsKind::Xfs).into_iter().filter(|mode| *mode != ModeChoice::InPlace) {
+                kill_deletes(&room, &chain, mode, step(bounded), &mut table);
+                if shape == Shape::Cloudstack {
+                    kill_recoveries(&room, &chain, mode, step(199), &mut table);
+                    kill_slow_deletes(&room, &chain, mode, step(41), &mut table);
+                    kill_undos(&room, &chain, mode, step(41), &mut table);
+                }
+            }
+        }
+        table.finish();
     }
 }

@@ -24,6 +24,7 @@ mod merge_onto;
 mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
+mod other_mount;
 mod power_cut;
 mod power_log;
 mod qcow2_check;

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -239,6 +239,14 @@ impl Backend for PosixStore {
         })
     }
 
+    fn same_mount(&self, a: &StorePath, b: &StorePath) -> Result<bool> {
+        let place = |path| {
+            let directory = self.directory("look at", path)?;
+            mount_of(&directory).map_err(|errno| failed("look at", path, errno))
+        };
+        Ok(place(a)? == place(b)?)
+    }
+
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
         let directory = self.directory("sync", path)?;
         retry_on_intr(|| fs::fsync(&directory)).map_err(|errno| failed("sync", path, errno))
@@ -268,6 +276,15 @@ impl Backend for PosixStore {
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
         probe::probe(self, scratch)
     }
+}
+
+/// The file system of a directory, and which mount of it leads there, as far as the kernel tells (5.8).
+fn mount_of(directory: &OwnedFd) -> rustix::io::Result<(u64, Option<u64>)> {
+    let device = retry_on_intr(|| fs::fstat(directory))?.st_dev;
+    let asked = StatxFlags::MNT_ID;
+    let told = retry_on_intr(|| fs::statx(directory, c"", AtFlags::EMPTY_PATH, asked));
+    let told = told.ok().filter(|told| told.stx_mask & asked.bits() != 0);
+    Ok((device, told.map(|told| told.stx_mnt_id)))
 }
 
 fn stat_name(directory: &OwnedFd, name: &str) -> rustix::io::Result<fs::Stat> {

@@ -7,16 +7,16 @@ use rayon::prelude::*;
 
 use crate::backend::Capabilities;
 use crate::chain::delete::{Departure, Merge};
-use crate::chain::graph::NodeId;
+use crate::chain::graph::{Key, NodeId};
+use crate::change::yard::Yard;
 use crate::ops::delete::follow;
 use crate::ops::delete::mode::{Choice, Chosen, choose};
 use crate::ops::delete::select::{Request, select};
 use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
-use crate::store::Stores;
 use crate::store::merge::Cost;
-use crate::store::record::own;
 use crate::store::scan::Scan;
+use crate::store::{StoreError, Stores};
 
 /// How data is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,9 +117,9 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     let concerned = request.targets.iter().flat_map(|id| scan.graph.children(*id).iter().chain([id]));
     let mut capabilities = BTreeMap::new();
     for id in concerned {
-        let index = scan.graph.node(*id).key.store;
-        if let std::collections::btree_map::Entry::Vacant(place) = capabilities.entry(index) {
-            place.insert(probe(stores, index, request.dry_run)?);
+        let key = &scan.graph.node(*id).key;
+        if let std::collections::btree_map::Entry::Vacant(place) = capabilities.entry(key.store) {
+            place.insert(probe(stores, key, request.dry_run)?);
         }
     }
     let kept_bytes = AtomicU64::new(0);
@@ -135,18 +135,21 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
 }
 
 /// What a store can do: found out by trying, or for a dry run what was found when it was opted in.
-fn probe(stores: &Stores, index: usize, dry_run: bool) -> Result<Capabilities> {
-    let store = stores.get(index)?;
+fn probe(stores: &Stores, member: &Key, dry_run: bool) -> Result<Capabilities> {
+    let store = stores.get(member.store)?;
     if let Some(known) = store.record().and_then(|record| record.capabilities)
         && dry_run
     {
         return Ok(known);
     }
-    let found = store.backend().probe(&own(&["tmp"]));
-    let mut found = found.map_err(|source| crate::store::StoreError::backend(store, source))?;
+    // Where its new file will lie, which may be another file system than that of qchain's records.
+    let backend = store.backend().as_ref();
+    let yard = Yard::of(backend, &member.path);
+    let found = yard.and_then(|yard| Ok((backend.probe(&yard.temporaries())?, yard.is_beside())));
+    let (mut found, beside) = found.map_err(|source| StoreError::backend(store, source))?;
     // One process alone cannot see whether others see its locks: that was proved when the store was opted in.
     let proved = store.record().and_then(|record| record.capabilities).map(|known| known.byte_range_locks);
-    found.byte_range_locks &= proved.unwrap_or(false);
+    found.byte_range_locks &= proved.unwrap_or(false) && !beside;
     Ok(found)
 }
 
@@ -231,7 +234,7 @@ fn check_space(stores: &Stores, scan: &Scan, trees: &mut [TreePlan]) -> Result<(
             let opened = stores.get(store)?;
             if let std::collections::btree_map::Entry::Vacant(place) = free.entry(store) {
                 let space = opened.backend().space();
-                let space = space.map_err(|source| crate::store::StoreError::backend(opened, source))?;
+                let space = space.map_err(|source| StoreError::backend(opened, source))?;
                 place.insert(space.free_bytes);
             }
             let Some(left) = free.get_mut(&store) else { continue };

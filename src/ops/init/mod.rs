@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::backend::{Backend, BackendError, Capabilities, FileKind, LockKind, publish};
 use crate::change::history::history;
 use crate::change::journal::Journal;
-use crate::change::{Site, SystemClock};
+use crate::change::{Site, SystemClock, yard};
 use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::ops::{OpError, Result};
@@ -182,6 +182,9 @@ pub fn deinit(stores: &Stores) -> Result<Vec<DeinitReport>> {
     }
     // Under the locks: nothing begins meanwhile.
     check_ended(stores)?;
+    for (_, store) in stores.iter() {
+        yard::beside(store.backend())?.iter().try_for_each(|yard| yard::remove(store.backend(), yard))?;
+    }
     let reports = stores.iter().map(|(_, store)| deinit_one(store)).collect();
     drop(guards);
     reports

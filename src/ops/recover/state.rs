@@ -1,8 +1,8 @@
 //! What waits on the stores: for those who watch from outside.
 
 use crate::change::journal::Journal;
+use crate::change::yard::Yard;
 use crate::ops::Result;
-use crate::store::record::own;
 use crate::store::{StoreError, Stores};
 
 /// What waits on one store.
@@ -53,15 +53,16 @@ pub fn trash_bytes(stores: &Stores) -> Result<u64> {
 }
 
 fn trash_bytes_of(store: &crate::store::Store, journal: &Journal) -> Result<u64> {
-    let trash = own(&["trash"]);
     let mut bytes = 0;
-    for name in journal.names(&trash)? {
-        let Ok(path) = trash.join(&name) else { continue };
-        match store.backend().stat(&path) {
-            Ok(stat) => bytes += stat.allocated_bytes,
-            // Purged this very moment.
-            Err(crate::backend::BackendError::NotFound { .. }) => {}
-            Err(source) => return Err(StoreError::backend(store, source).into()),
+    for trash in Yard::all(store.backend())?.iter().map(Yard::trash) {
+        for name in journal.names(&trash)? {
+            let Ok(path) = trash.join(&name) else { continue };
+            match store.backend().stat(&path) {
+                Ok(stat) => bytes += stat.allocated_bytes,
+                // Purged this very moment.
+                Err(crate::backend::BackendError::NotFound { .. }) => {}
+                Err(source) => return Err(StoreError::backend(store, source).into()),
+            }
         }
     }
     Ok(bytes)

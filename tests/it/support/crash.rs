@@ -183,7 +183,7 @@ impl Chain {
 
     /// Puts it on a store that has nothing else, and opts that in. Nothing is shared with another file.
     pub fn put(&self, root: &Path) {
-        let _ = fs::remove_dir_all(root);
+        clear(root);
         for (name, bytes) in &self.files {
             let path = root.join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -205,6 +205,17 @@ impl Chain {
     /// Of that, the views.
     pub fn wrong_views(&self, judge: &Judge, now: &Files) -> Vec<String> {
         self.survivors.iter().filter_map(|name| judge.view(now, name, &self.truth(name))).collect()
+    }
+}
+
+/// Removes a directory; of one in which something is mounted all but that.
+fn clear(directory: &Path) {
+    if fs::remove_dir_all(directory).is_ok() || !directory.exists() {
+        return;
+    }
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { clear(&path) } else { fs::remove_file(path).unwrap() }
     }
 }
 

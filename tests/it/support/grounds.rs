@@ -86,18 +86,24 @@ impl Place {
 
     /// All of its files that are not qchain's.
     pub fn files(&self) -> Files {
-        let found = self.backend.walk(&StorePath::root(), 16, &|path| path.as_str() == ".qchain");
-        let files = found.into_iter().map(Result::unwrap).filter(|entry| entry.kind == FileKind::File);
-        files.map(|entry| entry.path.unwrap()).map(|path| (path.to_string(), self.read(&path))).collect()
+        let found = self.below(&StorePath::root(), &|path| path.file_name().starts_with(".qchain"));
+        found.into_iter().map(|path| (path.to_string(), self.read(&path))).collect()
     }
 
-    /// What operations must not leave in `.qchain`.
+    fn below(&self, directory: &StorePath, skip: &dyn Fn(&StorePath) -> bool) -> Vec<StorePath> {
+        let found = self.backend.walk(directory, 16, skip).into_iter().map(Result::unwrap);
+        found.filter(|entry| entry.kind == FileKind::File).map(|entry| entry.path.unwrap()).collect()
+    }
+
+    /// What operations must not leave in `.qchain`, or beside members.
     pub fn left(&self) -> Vec<String> {
         let directories = ["tmp", "trash", "intents"].map(|name| path(&format!(".qchain/{name}")));
         let names = |directory: &StorePath| -> Vec<String> {
             let entries = self.backend.read_dir(directory).unwrap();
             entries.into_iter().map(|entry| format!("{directory}/{}", entry.name.unwrap())).collect()
         };
-        directories.iter().flat_map(names).collect()
+        let beside = self.below(&StorePath::root(), &|path| path.as_str() == ".qchain");
+        let beside = beside.iter().map(ToString::to_string).filter(|path| path.contains("/.qchain-tmp/"));
+        directories.iter().flat_map(names).chain(beside).collect()
     }
 }

@@ -153,6 +153,30 @@ impl Drop for LoopMount {
     }
 }
 
+/// A directory that is seen at another place, too, as a mount of its own.
+#[derive(Debug)]
+pub struct Bound(PathBuf);
+
+impl Bound {
+    /// Makes both directories if need be.
+    pub fn new(source: &Path, at: &Path) -> Self {
+        for directory in [source, at] {
+            std::fs::create_dir_all(directory)
+                .unwrap_or_else(|error| panic!("cannot make {}: {error}", directory.display()));
+        }
+        run(Command::new("mount").arg("--bind").arg(source).arg(at));
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if !umount(&self.0, &[]) && !umount(&self.0, &["-l"]) {
+            eprintln!("{} could not be unmounted", self.0.display());
+        }
+    }
+}
+
 fn umount(path: &Path, options: &[&str]) -> bool {
     Command::new("umount").args(options).arg(path).output().is_ok_and(|output| output.status.success())
 }
