@@ -23,6 +23,10 @@ use crate::store::facts::read_whole;
 /// The largest lease that is read, in bytes.
 const MAX_BYTES: u64 = 4096;
 
+/// How long a look at a lease may be put off, however long that is: its owner may be about to give it back, or
+/// have just died, which its lock tells at once.
+const LONGEST_STEP: Duration = Duration::from_secs(1);
+
 /// What a lease's file says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Content {
@@ -133,7 +137,7 @@ fn watch(
     let owner = first.map(|content| format!("{} on {}", content.process, content.host));
     let busy = || ChangeError::Busy { owner: owner.clone().unwrap_or_else(|| "another qchain".to_owned()) };
     let begun = site.clock.elapsed();
-    let step = (site.lease / 20).max(Duration::from_millis(5));
+    let step = (site.lease / 20).clamp(Duration::from_millis(5), LONGEST_STEP);
     while site.clock.elapsed().saturating_sub(begun) < site.lease {
         site.cancel.check().map_err(|_| ChangeError::Cancelled)?;
         site.clock.sleep(step);
