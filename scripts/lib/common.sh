@@ -65,7 +65,7 @@ package_of() {
         setfacl | getfacl) echo acl ;;
         setfattr | getfattr) echo attr ;;
         mount | umount) echo mount ;;
-        losetup | findmnt | flock | setpriv | fallocate) echo util-linux ;;
+        losetup | findmnt | flock | setpriv | fallocate | unshare) echo util-linux ;;
         python3) echo python3 ;;
         cc) echo gcc libc6-dev ;;
         git) echo git ;;

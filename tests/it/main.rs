@@ -19,6 +19,7 @@ mod delete_sequences;
 mod delete_trees;
 mod frozen;
 mod image_locks;
+mod libvirt;
 mod merge_model;
 mod merge_onto;
 mod merge_onto_qemu;

@@ -1,5 +1,6 @@
 //! Builders and oracles.
 
+pub mod agent;
 pub mod builder;
 pub mod chains;
 pub mod crash;
@@ -10,6 +11,7 @@ pub mod grounds;
 pub mod images;
 pub mod killing;
 pub mod later;
+pub mod libvirt;
 pub mod merging;
 pub mod mounts;
 pub mod onto;
