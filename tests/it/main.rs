@@ -33,6 +33,7 @@ mod qcow2_read;
 mod qemu_readers;
 mod readers_meanwhile;
 mod simulation;
+mod ssvm_client;
 mod support;
 mod tidy;
 mod two_instances;
