@@ -70,6 +70,8 @@ package_of() {
         cc) echo gcc libc6-dev ;;
         git) echo git ;;
         strace) echo strace ;;
+        file) echo file ;;
+        readelf | strip) echo binutils ;;
         *) die "no package is known for $1" ;;
     esac
 }

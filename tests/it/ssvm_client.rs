@@ -169,3 +169,14 @@ fn what_is_no_command_or_of_no_store_is_refused() {
         assert!(listing(&world.root()) == before, "{command}");
     }
 }
+
+#[test]
+fn the_example_of_a_configuration_is_understood() {
+    let example = root().join("scripts/qchain.toml.example");
+    let checked = Command::new(env!("CARGO_BIN_EXE_qchain"))
+        .args(["config", "check"])
+        .env("QCHAIN_CONFIG", example)
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+}
