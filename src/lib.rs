@@ -10,6 +10,7 @@
 //! | [`digest`] | blocks, leaves, view digests. Pure |
 //! | [`chain`] | how images relate: graph, view, planning. Pure |
 //! | [`cloudstack`] | CloudStack's own facts: text in, values out |
+//! | [`database`] | CloudStack's rows over a connection |
 //! | [`store`] | what lies on a share: scan, names, opened chains |
 //! | [`change`] | changing a share safely: locks, publishing order |
 //! | [`ops`] | the verbs: plan, run, report |
@@ -24,6 +25,7 @@ pub mod chain;
 pub mod change;
 pub mod cli;
 pub mod cloudstack;
+pub mod database;
 pub mod digest;
 pub mod failure;
 pub mod ids;

@@ -9,6 +9,7 @@
 //! - [`backing`]: backing names mapped to members, and members to backing names.
 //! - [`checkpoint`]: libvirt's checkpoint files, read and edited without touching any other byte.
 //! - [`records`]: rows of CloudStack's database, as exported by one SELECT.
+//! - [`row_change`]: what a merge changes in them.
 //!
 //! Facts are those of CloudStack 4.21 and 4.22, named by their class where they are used.
 
@@ -17,3 +18,4 @@ pub mod checkpoint;
 pub mod paths;
 pub mod prefix;
 pub mod records;
+pub mod row_change;

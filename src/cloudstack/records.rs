@@ -23,6 +23,9 @@ macro_rules! columns {
                 match self { $(Self::$name => $text),+ }
             }
         }
+
+        /// The names of the columns that are needed, in the order of [`Records::of_values`].
+        pub const COLUMNS: &[&str] = &[$($text),+];
     };
 }
 
@@ -191,7 +194,7 @@ impl Row {
     }
 }
 
-/// All rows of an export.
+/// All rows of an export, or of the database itself.
 #[derive(Clone, Debug, Default)]
 pub struct Records {
     rows: Vec<Row>,
@@ -206,14 +209,32 @@ impl Records {
         let header = Header::parse(as_text(index, header)?)?;
         let mut records = Self::default();
         for (index, line) in lines {
-            let row = header.row(index + 1, as_text(index, line)?)?;
-            if let Some(path) = &row.install_path {
-                let key = path.trim_start_matches('/').to_owned();
-                records.by_path.entry(key).or_default().push(records.rows.len());
-            }
-            records.rows.push(row);
+            records.push(header.values(index + 1, as_text(index, line)?)?.row()?);
         }
         Ok(records)
+    }
+
+    /// Takes rows as the database gives them: for each the values of [`COLUMNS`], in that order, as the text
+    /// that the server sends.
+    pub fn of_values(rows: impl Iterator<Item = Vec<Option<String>>>) -> Result<Self, RecordsError> {
+        let mut records = Self::default();
+        for (index, values) in rows.enumerate() {
+            let line = index + 1;
+            let (found, expected) = (values.len(), COLUMNS.len());
+            if found != expected {
+                return Err(RecordsError::FieldCount { line, found, expected });
+            }
+            records.push(Fields { line, values }.row()?);
+        }
+        Ok(records)
+    }
+
+    fn push(&mut self, row: Row) {
+        if let Some(path) = &row.install_path {
+            let key = path.trim_start_matches('/').to_owned();
+            self.by_path.entry(key).or_default().push(self.rows.len());
+        }
+        self.rows.push(row);
     }
 
     /// All rows, in the order of the export.
@@ -269,79 +290,85 @@ impl Header {
         Ok(Self { places, fields: names.len() })
     }
 
-    fn row(&self, line: usize, text: &str) -> Result<Row, RecordsError> {
+    /// The needed fields of a line, in the order of [`COLUMNS`].
+    fn values(&self, line: usize, text: &str) -> Result<Fields, RecordsError> {
         let fields: Vec<&str> = text.split('\t').collect();
         if fields.len() != self.fields {
             return Err(RecordsError::FieldCount { line, found: fields.len(), expected: self.fields });
         }
-        let row = Fields { line, header: self, texts: fields };
+        let value = |(column, place): (&Column, &usize)| match fields.get(*place).copied().unwrap_or_default()
+        {
+            "NULL" | "\\N" => Ok(None),
+            raw => unescaped(raw).map(Some).ok_or_else(|| field_error(line, *column, raw, "badly escaped")),
+        };
+        let values = Column::ALL.iter().zip(&self.places).map(value).collect::<Result<_, _>>()?;
+        Ok(Fields { line, values })
+    }
+}
+
+fn field_error(line: usize, column: Column, value: &str, problem: &'static str) -> RecordsError {
+    RecordsError::Field { line, column: column.name(), value: value.chars().take(100).collect(), problem }
+}
+
+/// The values of one row, in the order of [`COLUMNS`].
+struct Fields {
+    line: usize,
+    values: Vec<Option<String>>,
+}
+
+impl Fields {
+    fn row(mut self) -> Result<Row, RecordsError> {
         Ok(Row {
-            line,
-            store_uuid: row.text(Column::StoreUuid)?,
-            store_url: row.text(Column::StoreUrl)?,
-            store_role: row.needed(Column::StoreRole)?,
-            snapshot_id: row.needed_number(Column::SnapshotId)?,
-            snapshot_uuid: row.text(Column::SnapshotUuid)?,
-            snapshot_name: row.text(Column::SnapshotName)?,
-            account_id: row.needed_number(Column::AccountId)?,
-            volume_id: row.needed_number(Column::VolumeId)?,
-            hypervisor_type: row.text(Column::HypervisorType)?,
-            snapshot_status: row.text(Column::SnapshotStatus)?,
-            ref_state: RefState::parse(&row.needed(Column::RefState)?),
-            install_path: row.text(Column::InstallPath)?.filter(|path| !path.is_empty()),
-            parent_snapshot_id: row.number(Column::ParentSnapshotId)?.filter(|id| *id != 0),
-            end_of_chain: row.flag(Column::EndOfChain)?,
-            size_bytes: row.number(Column::Size)?,
-            physical_bytes: row.number(Column::PhysicalSize)?,
-            kvm_checkpoint_path: row.text(Column::KvmCheckpointPath)?.filter(|path| !path.is_empty()),
-            created: row.text(Column::Created)?,
+            line: self.line,
+            store_uuid: self.take(Column::StoreUuid),
+            store_url: self.take(Column::StoreUrl),
+            store_role: self.needed(Column::StoreRole)?,
+            snapshot_id: self.needed_number(Column::SnapshotId)?,
+            snapshot_uuid: self.take(Column::SnapshotUuid),
+            snapshot_name: self.take(Column::SnapshotName),
+            account_id: self.needed_number(Column::AccountId)?,
+            volume_id: self.needed_number(Column::VolumeId)?,
+            hypervisor_type: self.take(Column::HypervisorType),
+            snapshot_status: self.take(Column::SnapshotStatus),
+            ref_state: RefState::parse(&self.needed(Column::RefState)?),
+            install_path: self.take(Column::InstallPath).filter(|path| !path.is_empty()),
+            parent_snapshot_id: self.number(Column::ParentSnapshotId)?.filter(|id| *id != 0),
+            end_of_chain: self.flag(Column::EndOfChain)?,
+            size_bytes: self.number(Column::Size)?,
+            physical_bytes: self.number(Column::PhysicalSize)?,
+            kvm_checkpoint_path: self.take(Column::KvmCheckpointPath).filter(|path| !path.is_empty()),
+            created: self.take(Column::Created),
         })
     }
-}
 
-/// The fields of one row.
-struct Fields<'a> {
-    line: usize,
-    header: &'a Header,
-    texts: Vec<&'a str>,
-}
-
-impl Fields<'_> {
-    fn raw(&self, column: Column) -> &str {
-        let place = self.header.places.get(column as usize);
-        place.and_then(|place| self.texts.get(*place)).copied().unwrap_or_default()
+    fn take(&mut self, column: Column) -> Option<String> {
+        self.values.get_mut(column as usize).and_then(Option::take)
     }
 
-    fn error(&self, column: Column, problem: &'static str) -> RecordsError {
-        let value = self.raw(column).chars().take(100).collect();
-        RecordsError::Field { line: self.line, column: column.name(), value, problem }
+    fn error(&self, column: Column, value: Option<&str>, problem: &'static str) -> RecordsError {
+        field_error(self.line, column, value.unwrap_or("NULL"), problem)
     }
 
-    fn text(&self, column: Column) -> Result<Option<String>, RecordsError> {
-        match self.raw(column) {
-            "NULL" | "\\N" => Ok(None),
-            raw => unescaped(raw).map(Some).ok_or_else(|| self.error(column, "badly escaped")),
-        }
+    fn needed(&mut self, column: Column) -> Result<String, RecordsError> {
+        self.take(column).ok_or_else(|| self.error(column, None, "not allowed to be NULL"))
     }
 
-    fn needed(&self, column: Column) -> Result<String, RecordsError> {
-        self.text(column)?.ok_or_else(|| self.error(column, "not allowed to be NULL"))
+    fn number(&mut self, column: Column) -> Result<Option<u64>, RecordsError> {
+        let text = self.take(column);
+        let number = |text: &String| text.parse().map_err(|_| self.error(column, Some(text), "no number"));
+        text.as_ref().map(number).transpose()
     }
 
-    fn number(&self, column: Column) -> Result<Option<u64>, RecordsError> {
-        self.text(column)?.map(|text| text.parse().map_err(|_| self.error(column, "no number"))).transpose()
-    }
-
-    fn needed_number(&self, column: Column) -> Result<u64, RecordsError> {
-        self.number(column)?.ok_or_else(|| self.error(column, "not allowed to be NULL"))
+    fn needed_number(&mut self, column: Column) -> Result<u64, RecordsError> {
+        self.number(column)?.ok_or_else(|| self.error(column, None, "not allowed to be NULL"))
     }
 
     /// A number, or a BIT(1), which mysql prints as the byte itself.
-    fn flag(&self, column: Column) -> Result<bool, RecordsError> {
-        match self.text(column)?.as_deref() {
+    fn flag(&mut self, column: Column) -> Result<bool, RecordsError> {
+        match self.take(column).as_deref() {
             None | Some("0" | "\0") => Ok(false),
             Some("1" | "\u{1}") => Ok(true),
-            Some(_) => Err(self.error(column, "neither 0 nor 1")),
+            other => Err(self.error(column, other, "neither 0 nor 1")),
         }
     }
 }

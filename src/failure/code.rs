@@ -355,6 +355,46 @@ codes! {
         "The file given with --records is not the output of scripts/export-records.sql.",
         "None; nothing was done.",
         "Export it again with mysql --batch.";
+    /// The database's URL is none.
+    BadUrl = "bad-url", Error,
+        "The URL given with --database cannot be used.",
+        "None; nothing was done.",
+        "Write mysql://USER:PASSWORD@HOST:PORT/DATABASE, or ?socket=PATH behind it.";
+    /// The database cannot be talked to.
+    Database = "database", Error,
+        "CloudStack's database could not be reached, refused, or took too long.",
+        "None to the files. Row changes that were not made are on record, and recover --database makes them.",
+        "See the message; try again.";
+    /// A row names a store that is not configured.
+    UnknownStore = "unknown-store", Warning,
+        "CloudStack's rows name an image store that is none of the configured ones.",
+        "Children may lie there that are not seen; nothing below them is touched.",
+        "Configure the store, with the url that CloudStack has for it.";
+    /// The bounds of the call were reached.
+    LeftForLater = "left-for-later", Info,
+        "The call's bounds, bytes or time, were reached before this.",
+        "None; nothing was done to it.",
+        "Run the command again.";
+    /// A merge that would take more than it gives.
+    NoGain = "no-gain", Info,
+        "Several members read it, and where extents cannot be shared their copies take more than it does.",
+        "None; its space stays held.",
+        "It goes when all but one of its children are gone, or with qchain delete.";
+    /// Rows and files tell different stories.
+    RowsDisagree = "rows-disagree", Warning,
+        "CloudStack's rows and the backing names on the stores do not name the same children of a member.",
+        "A backup or a migration may be under way; the member is left alone.",
+        "Wait for what CloudStack is doing, export the rows again; else see qchain audit.";
+    /// Rows are not what they were when the change was planned.
+    RowsChanged = "rows-changed", Warning,
+        "CloudStack changed a row after the change was planned.",
+        "None; that change was not made.",
+        "Run it again with fresh rows.";
+    /// Rows that follow a merge are not changed yet.
+    RowsPending = "rows-pending", Info,
+        "A merge was made, and CloudStack's rows do not say so yet.",
+        "None; CloudStack deletes and counts the old snapshot as before.",
+        "Run qchain recover --database URL.";
     /// A row whose file is missing.
     RowWithoutFile = "row-without-file", Warning,
         "CloudStack's records name a file that is not on the store.",

@@ -23,6 +23,7 @@ pub mod names;
 mod open;
 pub mod prove;
 pub mod record;
+pub mod rows;
 pub mod scan;
 pub mod standalone;
 

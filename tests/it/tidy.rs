@@ -23,6 +23,7 @@ const LAYERS: &[&str] = &[
     "digest",
     "chain",
     "cloudstack",
+    "database",
     "store",
     "change",
     "ops",
