@@ -11,6 +11,7 @@ use crate::change::keep::{release, sync_all};
 use crate::change::publication::{Published, stat};
 use crate::change::record::{Departure, KeptFile, Publication};
 use crate::change::site::{At, Site};
+use crate::change::stub::{stand_down, stand_in};
 use crate::change::yard;
 use crate::failure::Code;
 use crate::ids::StorePath;
@@ -62,7 +63,8 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
                 departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
             let ready = published && now >= decided.grace_until();
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
-            let waiting = match stat(&at, &departure.at.path)? {
+            let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
+            let waiting = match named {
                 None if !ready || !leaves_something(&at, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
@@ -91,7 +93,7 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
         let scan = look(site)?;
         let mut went = Vec::new();
         for one in &due {
-            let outcome = match reader(site, &scan, &one.at.key, &gone) {
+            let outcome = match reader(site, &scan, one, &gone) {
                 Some(child) => kept(Code::Kept, &one.at, &format!("{child} reads through it now")),
                 None => let_go(one)?,
             };
@@ -143,18 +145,24 @@ fn look(site: &Site<'_>) -> Result<Scan> {
 }
 
 /// A member that reads, or may read, through another, and is not gone itself.
-fn reader(site: &Site<'_>, scan: &Scan, member: &Key, gone: &BTreeSet<Key>) -> Option<String> {
-    let id = scan.graph.find(member)?;
+fn reader(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>) -> Option<String> {
+    let id = scan.graph.find(&one.at.key)?;
     let key = |id: NodeId| &scan.graph.node(id).key;
     let children = scan.graph.children(id).iter().copied().chain(scan.graph.possible_children(id));
-    let found = children.map(key).find(|child| !gone.contains(*child));
+    // What an earlier stub shows is of no interest, as long as it can be opened.
+    let idle = |child: &NodeId| one.departure.stub.is_some() && scan.is_idle_stub(*child);
+    let found = children.filter(|child| !idle(child)).map(key).find(|child| !gone.contains(*child));
     found.map(|child| site.stores.display(child))
 }
 
 /// Takes one name away: into trash, then a look at what went there.
 fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     let Due { departure, at, decided, .. } = one;
-    if !put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))? {
+    let aside = match &departure.stub {
+        Some(stub) => stand_in(at, departure, stub)?,
+        None => put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))?,
+    };
+    if !aside {
         return Ok(kept(Code::ChangedMeanwhile, at, "another file has its name now; it was left alone"));
     }
     if departure.becomes.is_some() {
@@ -163,14 +171,14 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     }
     // An instance that was stopped for long may come too late: what was undone stays undone.
     if decided.is_undone()? {
-        put_back(at, &departure.at.path, &departure.kept)?;
+        come_again(at, departure)?;
         return Ok(Departed::Gone);
     }
     if let Some(KeptFile { path, mark, kept }) = &departure.checkpoint {
         // Edited since by its owner, it stays: it is not ours to judge.
         put_aside(at, path, kept, |found| mark.inode == found.id.inode)?;
         if decided.is_undone()? {
-            put_back(at, &departure.at.path, &departure.kept)?;
+            come_again(at, departure)?;
             put_back(at, path, kept)?;
         }
     }
@@ -203,6 +211,14 @@ fn put_aside(at: &At<'_>, name: &StorePath, kept: &StorePath, is: impl Fn(&Stat)
     }
 }
 
+/// Gives a deleted member its name back, if that is free or its stub's.
+fn come_again(at: &At<'_>, departure: &Departure) -> Result<()> {
+    if let Some(stub) = &departure.stub {
+        stand_down(at, departure, stub, None)?;
+    }
+    put_back(at, &departure.at.path, &departure.kept)
+}
+
 /// Gives a kept file its name back, if that is free.
 fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
     match link(at.backend, kept, name) {
@@ -219,9 +235,13 @@ fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
 
 /// Gives the survivor's file its other name back, if that is free: whoever came to read through it finds it,
 /// and reads what all see who came since the merge.
-fn name_again(at: &At<'_>, publication: &Publication, name: &StorePath) -> Result<()> {
+fn name_again(at: &At<'_>, publication: &Publication, departure: &Departure) -> Result<()> {
+    let name = &departure.at.path;
     if !stat(at, &publication.at.path)?.is_some_and(|found| publication.is_new(&found)) {
         return Ok(());
+    }
+    if let Some(stub) = &departure.stub {
+        stand_down(at, departure, stub, Some(&publication.at.path))?;
     }
     match link(at.backend, &publication.at.path, name) {
         Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
@@ -249,14 +269,15 @@ fn come_back(
             _ => false,
         };
         let orphan = scan.graph.ids().find(|id| misses(id) && !gone.contains(&scan.graph.node(*id).key));
+        let orphan = orphan.or_else(|| on_stub(&scan, one, gone));
         let needed = back.iter().next().is_some_and(|_| below_any(one, went, &back));
         if orphan.is_none() && !needed {
             continue;
         }
         let departure = one.departure;
         match departure.becomes.and_then(|index| one.decided.commit.publications.get(index)) {
-            None => put_back(&one.at, &departure.at.path, &departure.kept)?,
-            Some(publication) => name_again(&one.at, publication, &departure.at.path)?,
+            None => come_again(&one.at, departure)?,
+            Some(publication) => name_again(&one.at, publication, departure)?,
         }
         if let Some(KeptFile { path, kept, .. }) = &departure.checkpoint {
             put_back(&one.at, path, kept)?;
@@ -267,6 +288,14 @@ fn come_back(
         outcomes.push((one.place, kept(Code::Kept, &one.at, &format!("{child} reads through it now"))));
     }
     Ok(outcomes)
+}
+
+/// A member that came to read through a name while that got its stub.
+fn on_stub(scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>) -> Option<NodeId> {
+    one.departure.stub.as_ref()?;
+    let id = scan.graph.find(&one.at.key)?;
+    let came = |child: &NodeId| !gone.contains(&scan.graph.node(*child).key) && !scan.is_idle_stub(*child);
+    scan.graph.children(id).iter().copied().find(came)
 }
 
 /// Whether a member that went lies, by the order of its operation, below one that came back.

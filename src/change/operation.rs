@@ -100,6 +100,12 @@ impl<'s> Operation<'s> {
         &self.name.tree
     }
 
+    /// The store that has its records.
+    #[must_use]
+    pub fn home(&self) -> usize {
+        self.home
+    }
+
     /// The site.
     #[must_use]
     pub fn site(&self) -> &'s Site<'s> {
@@ -155,6 +161,7 @@ impl<'s> Operation<'s> {
             checkpoint,
             becomes: None,
             allocated_bytes: stat.allocated_bytes,
+            stub: None,
         })
     }
 
@@ -188,9 +195,11 @@ impl<'s> Operation<'s> {
             tree::belong(self.site, root, self.tree())?;
         }
         let mut directories: Vec<(usize, StorePath)> = Vec::new();
-        for publication in &commit.publications {
-            let at = self.site.at(&publication.at)?;
-            let directory = (at.key.store, publication.from.parent());
+        let stubs = commit.departures.iter().filter_map(|one| Some((&one.at, &one.stub.as_ref()?.from)));
+        let staged = commit.publications.iter().map(|one| (&one.at, &one.from)).chain(stubs);
+        for (place, from) in staged {
+            let at = self.site.at(place)?;
+            let directory = (at.key.store, from.parent());
             if !directories.contains(&directory) {
                 at.backend.sync_dir(&directory.1).map_err(at.failed("sync the directory of"))?;
                 directories.push(directory);

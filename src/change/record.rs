@@ -299,6 +299,9 @@ pub struct Departure {
     pub becomes: Option<usize>,
     /// The bytes that its file takes.
     pub allocated_bytes: u64,
+    /// What takes its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stub: Option<Stub>,
 }
 
 impl Departure {
@@ -309,6 +312,29 @@ impl Departure {
             Some(_) => self.mark.inode == stat.id.inode,
             None => self.mark.is(stat),
         }
+    }
+
+    /// Whether a file is the stub that took the name.
+    #[must_use]
+    pub fn is_stub(&self, stat: &Stat) -> bool {
+        self.stub.as_ref().is_some_and(|stub| stub.is(stat))
+    }
+}
+
+/// An empty image that takes a deleted member's name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stub {
+    /// Where it is until then, on the same store.
+    pub from: StorePath,
+    /// The file. Others may write its header later, so only the inode tells it.
+    pub mark: Mark,
+}
+
+impl Stub {
+    /// Whether a file is the stub.
+    #[must_use]
+    pub fn is(&self, stat: &Stat) -> bool {
+        self.mark.inode == stat.id.inode
     }
 }
 

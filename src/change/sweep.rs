@@ -9,6 +9,7 @@ use crate::change::journal::{Found, Journal};
 use crate::change::places::{IntentName, operation_of};
 use crate::change::record::{Decision, OperationId};
 use crate::change::site::Site;
+use crate::change::stub::stand_down;
 use crate::change::yard::{self, Yard};
 use crate::ids::StorePath;
 use crate::store::record::own;
@@ -111,6 +112,11 @@ fn give_back(
                         None => continue,
                     };
                     if at.key.store == store {
+                        if checkpoint.is_none()
+                            && let Some(stub) = &departure.stub
+                        {
+                            stand_down(&at, departure, stub, None)?;
+                        }
                         match link(at.backend, &kept, path) {
                             Ok(())
                             | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => {}

@@ -7,7 +7,9 @@ use crate::change::journal::{Found, Journal};
 use crate::change::operation::Operation;
 use crate::change::places::IntentName;
 use crate::change::publication::{has, stat};
-use crate::change::record::{CheckpointEdit, Claim, Commit, Decision, Place, Publication, Purpose, Restore};
+use crate::change::record::{
+    CheckpointEdit, Claim, Commit, Decision, Departure, Mark, Place, Publication, Purpose, Restore,
+};
 use crate::change::site::Site;
 use crate::cloudstack::backing::{At as NamedAt, NameMap, Target};
 use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
@@ -153,17 +155,26 @@ fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict>
     Ok(())
 }
 
-/// What takes a decision back.
-fn reverse(
+/// A deleted member whose stub has its name, and the stub as it is now.
+type Replaced<'a> = (&'a Departure, Mark);
+
+/// The deleted members that come back by their free names, and those that come back in their stubs' places.
+fn members_back<'a>(
     site: &Site<'_>,
-    operation: &Operation<'_>,
-    commit: &Commit,
-) -> std::result::Result<Commit, Conflict> {
+    commit: &'a Commit,
+) -> std::result::Result<(Vec<Restore>, Vec<Replaced<'a>>), Conflict> {
     let mut restores = Vec::new();
+    let mut stubs = Vec::new();
     for departure in &commit.departures {
         let at = site.at(&departure.at)?;
         match stat(&at, &departure.at.path)? {
             Some(found) if departure.is(&found) => {}
+            Some(found) if departure.is_stub(&found) => {
+                if !has(&at, &departure.kept, &departure.mark)? {
+                    return Err(Conflict::With(format!("the old file of {} is gone", at.name)));
+                }
+                stubs.push((departure, Mark::from(&found)));
+            }
             Some(_) => return Err(Conflict::With(format!("another file is called {} now", at.name))),
             None if has(&at, &departure.kept, &departure.mark)? => restores.push(Restore {
                 at: departure.at.clone(),
@@ -179,6 +190,16 @@ fn reverse(
             restores.push(Restore { at: place, kept: file.kept.clone(), mark: file.mark });
         }
     }
+    Ok((restores, stubs))
+}
+
+/// What takes a decision back.
+fn reverse(
+    site: &Site<'_>,
+    operation: &Operation<'_>,
+    commit: &Commit,
+) -> std::result::Result<Commit, Conflict> {
+    let (restores, stubs) = members_back(site, commit)?;
     let mut publications = Vec::new();
     for (index, publication) in commit.publications.iter().enumerate() {
         let at = site.at(&publication.at)?;
@@ -201,6 +222,16 @@ fn reverse(
             new: publication.old,
             old: publication.new,
             kept: operation.kept(&at.key, &format!("{index}.image"))?,
+            in_place: None,
+        });
+    }
+    for (index, (departure, stub)) in stubs.into_iter().enumerate() {
+        publications.push(Publication {
+            at: departure.at.clone(),
+            from: departure.kept.clone(),
+            new: departure.mark,
+            old: stub,
+            kept: operation.kept(&site.key(&departure.at)?, &format!("{index}.stub"))?,
             in_place: None,
         });
     }

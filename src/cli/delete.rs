@@ -1,27 +1,20 @@
 //! `qchain delete`.
 
-use std::fmt::Write as _;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use humantime::format_duration;
-use serde::Serialize;
-
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::operations::{held_bytes, short};
-use super::output::{ErrorBody, human, time};
+use super::merges::Shown;
+use super::operations::held_bytes;
 use super::{members, metrics, records_file, values};
-use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
 use crate::change::{Guard, Site};
-use crate::failure::{Failure, with_causes};
+use crate::failure::Failure;
 use crate::ops::OpError;
-use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, Request, Terms, TreePlan};
+use crate::ops::delete::{self, ModeChoice, Plan, Report, Request, Terms};
 use crate::ops::recover::begin;
-use crate::store::scan::Scan;
-use crate::store::{Stores, names};
+use crate::store::names;
 
 /// Flags of `delete`.
 #[derive(Debug, clap::Args)]
@@ -82,7 +75,7 @@ impl Args {
 
 /// How to move data.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Mode {
+pub enum Mode {
     /// The cheapest that works
     Auto,
     /// By sharing extents
@@ -91,66 +84,6 @@ enum Mode {
     InPlace,
     /// By copying
     Copy,
-}
-
-/// What `--json` shows.
-#[derive(Serialize)]
-struct Document<'a> {
-    /// All was done but the decision: nothing has changed.
-    rehearsed: bool,
-    plan: Vec<PlanEntry<'a>>,
-    refused: Vec<Refused<'a>>,
-    results: Vec<ResultEntry<'a>>,
-}
-
-#[derive(Serialize)]
-struct PlanEntry<'a> {
-    members: Vec<String>,
-    into: Option<String>,
-    mode: &'static str,
-    reason: &'a str,
-    bytes_to_write: u64,
-    bytes_to_clone: u64,
-    bytes_to_free: u64,
-    bytes_needed: u64,
-    /// Whether it can be undone once it is done.
-    undoable: bool,
-}
-
-/// A tree that nothing happens to.
-#[derive(Serialize)]
-struct Refused<'a> {
-    members: Vec<String>,
-    error: ErrorBody<'a>,
-}
-
-#[derive(Serialize)]
-struct ResultEntry<'a> {
-    operation: &'a str,
-    status: &'static str,
-    error: Option<ErrorBody<'a>>,
-    members: Vec<String>,
-    into: Option<String>,
-    mode: Option<&'static str>,
-    bytes_written: u64,
-    metadata_bytes_written: u64,
-    bytes_cloned: u64,
-    bytes_freed_now: u64,
-    bytes_held_until_purge: u64,
-    undo_until: Option<String>,
-    note: Option<&'a str>,
-    claims: Vec<Claim>,
-    elapsed_milliseconds: u64,
-}
-
-/// What was proved of a new image, for how many bytes of its view.
-#[derive(Serialize)]
-struct Claim {
-    #[serde(rename = "claim")]
-    name: &'static str,
-    bytes: u64,
-    /// Of these, how many were read on both sides and compared.
-    compared_bytes: u64,
 }
 
 /// Plans, asks, deletes.
@@ -179,6 +112,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         end_of_chain: args.end_of_chain,
         dry_run: args.dry_run,
         force: args.force,
+        stubs: false,
     };
     context.progress().phase("planning", 0);
     let plan = delete::plan(&stores, &scan, &request)?;
@@ -199,12 +133,14 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
             retention_ns: nanoseconds(retention),
             rehearse: args.rehearse,
             witness: context.witness(),
+            stubs: false,
         },
         stores: &stores,
         scan: &scan,
         plan: &plan,
         jobs: args.jobs.map_or(context.settings.limits.jobs, usize::from),
         force: args.force,
+        gate: None,
         progress: context.progress(),
         cancel: &context.cancel,
     };
@@ -221,7 +157,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 }
 
 /// What every change begins with; what it frees counts as freed by this run.
-fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
+pub fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
     let held = held_bytes(site);
     let guard = begin(site, context.witness())?;
     context.note_freed(held.saturating_sub(held_bytes(site)));
@@ -229,16 +165,17 @@ fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
 }
 
 /// What `auto` means: readers on other hosts of a network mount cannot be seen.
-fn default_grace(plan: &Plan) -> Duration {
+pub fn default_grace(plan: &Plan) -> Duration {
     let network = plan.capabilities.values().any(|can| can.network);
     if network { Duration::from_mins(15) } else { Duration::ZERO }
 }
 
-fn nanoseconds(duration: Duration) -> i64 {
+pub fn nanoseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
 }
 
-fn mode(mode: Mode) -> ModeChoice {
+/// The same for a request.
+pub fn mode(mode: Mode) -> ModeChoice {
     match mode {
         Mode::Auto => ModeChoice::Auto,
         Mode::Clone => ModeChoice::Clone,
@@ -247,185 +184,7 @@ fn mode(mode: Mode) -> ModeChoice {
     }
 }
 
-fn exit(failure: Option<&OpError>) -> Exit {
+/// What a failure exits with.
+pub fn exit(failure: Option<&OpError>) -> Exit {
     failure.map_or(Exit::DONE, |error| Exit::from(error.kind()))
-}
-
-/// A plan with what it takes to name its members.
-struct Shown<'a> {
-    stores: &'a Stores,
-    scan: &'a Scan,
-    plan: &'a Plan,
-    grace: Duration,
-    retention: Duration,
-    rehearse: bool,
-}
-
-impl Shown<'_> {
-    fn name(&self, id: NodeId) -> String {
-        self.stores.display(&self.scan.graph.node(id).key)
-    }
-
-    fn names(&self, ids: &[NodeId]) -> Vec<String> {
-        ids.iter().map(|id| self.name(*id)).collect()
-    }
-
-    fn document<'r>(&'r self, report: &'r Report) -> Document<'r> {
-        let refused = self.plan.trees.iter().filter_map(|tree| {
-            let error = ErrorBody::of(tree.refusal.as_ref()?);
-            Some(Refused { members: self.names(&tree.targets), error })
-        });
-        let trees = self.plan.trees.iter();
-        Document {
-            rehearsed: self.rehearse,
-            plan: trees
-                .flat_map(|tree| tree.entries.iter().map(|entry| self.plan_entry(tree, entry)))
-                .collect(),
-            refused: refused.collect(),
-            results: report.outcomes.iter().map(|outcome| self.result_entry(outcome)).collect(),
-        }
-    }
-
-    /// Whether what happens to a tree can be undone: as a whole, or not at all.
-    fn undoable(&self, tree: &TreePlan) -> bool {
-        let written_into = tree.entries.iter().any(|entry| entry.mode == delete::Mode::InPlace);
-        !written_into && !(self.retention + self.grace).is_zero()
-    }
-
-    fn plan_entry<'r>(&self, tree: &TreePlan, entry: &'r Entry) -> PlanEntry<'r> {
-        PlanEntry {
-            members: self.names(&entry.members),
-            into: entry.into.map(|id| self.name(id)),
-            mode: entry.mode.word(),
-            reason: &entry.reason,
-            bytes_to_write: entry.cost.written_bytes(),
-            bytes_to_clone: entry.cost.clone_bytes,
-            bytes_to_free: entry.bytes_to_free,
-            bytes_needed: entry.bytes_needed,
-            undoable: self.undoable(tree),
-        }
-    }
-
-    fn result_entry<'r>(&self, outcome: &'r Outcome) -> ResultEntry<'r> {
-        let proved = outcome.planned_bytes + outcome.compared_bytes;
-        let claim = Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes };
-        let made = outcome.into.is_some() && outcome.error.is_none();
-        ResultEntry {
-            operation: &outcome.operation,
-            status: outcome.status.word(),
-            error: outcome.error.as_ref().map(ErrorBody::of),
-            members: self.names(&outcome.members),
-            into: outcome.into.map(|id| self.name(id)),
-            mode: outcome.mode.map(delete::Mode::word),
-            bytes_written: outcome.bytes_written,
-            metadata_bytes_written: outcome.metadata_bytes_written,
-            bytes_cloned: outcome.bytes_cloned,
-            bytes_freed_now: outcome.bytes_freed_now,
-            bytes_held_until_purge: outcome.bytes_held_until_purge,
-            undo_until: outcome.undo_until_ns.map(time),
-            note: outcome.note.as_deref(),
-            claims: if made { vec![claim] } else { Vec::new() },
-            elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
-        }
-    }
-
-    fn plan_text(&self) -> String {
-        let mut text = Vec::new();
-        // Writing into memory cannot fail.
-        let _ = self.write_plan(&mut text);
-        String::from_utf8_lossy(&text).into_owned()
-    }
-
-    fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
-        for tree in &self.plan.trees {
-            for entry in &tree.entries {
-                self.write_entry(out, entry)?;
-            }
-            match &tree.refusal {
-                Some(refusal) => writeln!(out, "not done: {} [{}]", with_causes(refusal), refusal.code())?,
-                None if !self.undoable(tree) => writeln!(out, "  this cannot be undone")?,
-                None => {}
-            }
-        }
-        if self.plan.trees.iter().any(|tree| tree.refusal.is_none() && self.undoable(tree)) {
-            let (kept, named) = (format_duration(self.grace + self.retention), format_duration(self.grace));
-            writeln!(out, "old files are kept, and it can be undone, for {kept}")?;
-            if !self.grace.is_zero() {
-                writeln!(out, "deleted members keep their names, for who reads them now, for {named}")?;
-            }
-        }
-        if self.rehearse {
-            writeln!(out, "this is a rehearsal: all is built and proved, and thrown away")?;
-        }
-        Ok(())
-    }
-
-    fn write_entry(&self, out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
-        let what = match entry.into {
-            Some(into) => format!("merge into {}:", self.name(into)),
-            None => "remove:".to_owned(),
-        };
-        writeln!(out, "{what}")?;
-        for member in &entry.members {
-            writeln!(out, "    {}", self.name(*member))?;
-        }
-        let mut line = format!("  by {} ({})", entry.mode.word(), entry.reason);
-        if entry.into.is_some() {
-            let (write, clone) = (human(entry.cost.written_bytes()), human(entry.cost.clone_bytes));
-            let _ = write!(line, ", writes {write}, shares {clone}");
-        }
-        writeln!(out, "{line}, frees {}", human(entry.bytes_to_free))
-    }
-
-    fn write_results(&self, out: &mut dyn Write, report: &Report) -> io::Result<()> {
-        for outcome in &report.outcomes {
-            let name = outcome.into.or(outcome.members.first().copied()).map(|id| self.name(id));
-            let rehearsed = self.rehearse && outcome.error.is_none();
-            let word = if rehearsed { "rehearsed" } else { outcome.status.word() };
-            let name = name.unwrap_or_default();
-            match &outcome.error {
-                // It says which member it is about.
-                Some(error) if error.member() == Some(&name) => write!(out, "{word}")?,
-                _ => write!(out, "{word}: {name}")?,
-            }
-            match &outcome.error {
-                Some(error) => write!(out, ": {} [{}]", with_causes(error), error.code())?,
-                None if outcome.into.is_some() => write!(
-                    out,
-                    ": wrote {}, shared {}, freed {}, proved {} in {:.2} s",
-                    human(outcome.bytes_written + outcome.metadata_bytes_written),
-                    human(outcome.bytes_cloned),
-                    human(outcome.bytes_freed_now),
-                    human(outcome.planned_bytes + outcome.compared_bytes),
-                    Duration::from_nanos(outcome.elapsed_ns).as_secs_f64()
-                )?,
-                None => write!(out, ": freed {}", human(outcome.bytes_freed_now))?,
-            }
-            match &outcome.note {
-                Some(note) if !rehearsed => writeln!(out, "; {note}")?,
-                _ => writeln!(out)?,
-            }
-        }
-        if self.rehearse {
-            writeln!(out, "it was a rehearsal: nothing was changed")?;
-        }
-        write_kept(out, report)
-    }
-}
-
-/// What each operation keeps, and how it is undone. The outcomes of one stand together.
-fn write_kept(out: &mut dyn Write, report: &Report) -> io::Result<()> {
-    for outcomes in report.outcomes.chunk_by(|a, b| a.operation == b.operation) {
-        let held: u64 = outcomes.iter().map(|outcome| outcome.bytes_held_until_purge).sum();
-        let Some((outcome, until)) = outcomes.iter().find_map(|one| Some((one, one.undo_until_ns?))) else {
-            // Nothing, or what waits for the grace of a merge in place.
-            if held > 0 {
-                writeln!(out, "{} are freed by a later purge; this cannot be undone", human(held))?;
-            }
-            continue;
-        };
-        let (held, until, id) = (human(held), time(until), short(&outcome.operation));
-        writeln!(out, "{held} are kept until {until}; until then qchain undo {id} takes it back")?;
-    }
-    Ok(())
 }

@@ -90,6 +90,12 @@ pub const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 /// Type of the external data file name.
 pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
+/// Type of qchain's own extension (`qcst`): the image is an empty one that keeps a deleted member's name. Its
+/// data is the id of the store it was made on. Others keep an extension that they do not know as it is.
+pub const EXTENSION_STUB: u32 = 0x7163_7374;
+/// The longest id in it that is taken for one, in bytes.
+pub const MAX_STUB_BYTES: u64 = 64;
+
 /// Bytes of an extension before its data: type and length.
 pub const EXTENSION_HEAD_BYTES: usize = 8;
 /// Bytes of one entry of the feature name table: kind, bit, 46 bytes of name.

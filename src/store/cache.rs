@@ -15,7 +15,7 @@ use crate::store::facts::{CheckpointFacts, Reading, Stamp};
 /// any file system qchain is used on.
 pub const RACY_NS: i128 = 2_000_000_000;
 /// The version of the encoded form.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 /// What is known of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

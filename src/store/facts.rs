@@ -53,6 +53,8 @@ pub struct HeaderFacts {
     pub extended_l2: bool,
     /// Compressed clusters are zstd.
     pub zstd: bool,
+    /// The store on which it was made as a stand-in for a deleted member.
+    pub stub: Option<String>,
 }
 
 impl From<&Header> for HeaderFacts {
@@ -68,6 +70,7 @@ impl From<&Header> for HeaderFacts {
             dirty: header.dirty,
             extended_l2: header.extended_l2,
             zstd: header.compression == CompressionType::Zstd,
+            stub: header.stub.clone(),
         }
     }
 }

@@ -101,6 +101,8 @@ pub struct Member {
     pub locks: ImageLocks,
     /// One of CloudStack's own temporaries.
     pub temporary: bool,
+    /// An empty image that stands in for a deleted member, made by qchain on this very store.
+    pub stub: bool,
     /// Whether, and why, it is still being made.
     pub incoming: Option<Incoming>,
 }
@@ -133,6 +135,21 @@ impl Scan {
     #[must_use]
     pub fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.get(id.0)
+    }
+
+    /// Whether a member is a stub that nobody reads through, but for other stubs.
+    #[must_use]
+    pub fn is_idle_stub(&self, id: NodeId) -> bool {
+        let mut left = vec![id];
+        // A graph may have cycles, and whoever is on one is no idle stub.
+        for _ in 0..self.members.len() {
+            let Some(one) = left.pop() else { return true };
+            if !self.member(one).is_some_and(|member| member.stub) {
+                return false;
+            }
+            left.extend(self.graph.children(one));
+        }
+        left.is_empty()
     }
 
     /// The bytes that a member's file takes on its store; 0 for a node of another scan.
@@ -254,7 +271,8 @@ fn read_one(
     };
     let temporary = crate::cloudstack::paths::name_kind(key.path.file_name())
         == crate::cloudstack::paths::NameKind::Temporary;
-    let member = Member { key, stat, reading, form: None, checkpoint, locks, temporary, incoming: None };
+    let member =
+        Member { key, stat, reading, form: None, checkpoint, locks, temporary, stub: false, incoming: None };
     Ok(Some((member, told)))
 }
 

@@ -107,7 +107,18 @@ fn delete_while(stores: &Stores, members: &[&str], meanwhile: impl FnOnce()) -> 
     let (progress, jobs, force, terms) = (&Silent, 3, false, Terms::default());
     let cancel = &cancel;
     run(
-        &Context { site: &site, stores, scan: &scan, plan: &plan, jobs, force, terms, progress, cancel },
+        &Context {
+            site: &site,
+            stores,
+            scan: &scan,
+            plan: &plan,
+            jobs,
+            force,
+            terms,
+            gate: None,
+            progress,
+            cancel,
+        },
         &guard,
     )
 }

@@ -1,7 +1,10 @@
 //! What a run works on and who watches.
 
-use crate::change::Site;
+use crate::chain::graph::NodeId;
+use crate::change::record::OperationId;
 use crate::change::witness::Witness;
+use crate::change::{Operation, Site};
+use crate::ops::Result;
 use crate::ops::delete::plan::Plan;
 use crate::progress::{Cancel, Progress};
 use crate::store::Stores;
@@ -23,10 +26,26 @@ pub struct Context<'a> {
     pub force: bool,
     /// What follows the publication, and when.
     pub terms: Terms,
+    /// Asked right before each decision.
+    pub gate: Option<&'a dyn Gate>,
     /// Told of bytes written or cloned.
     pub progress: &'a dyn Progress,
     /// Looked at between batches and before each decision.
     pub cancel: &'a Cancel,
+}
+
+/// Watches the changes of trees; `targets` are the members that a tree's change deletes. Called from several
+/// threads.
+pub trait Gate: Sync {
+    /// Whether a tree may be begun now: an error refuses it.
+    fn begin(&self, targets: &[NodeId]) -> Result<()>;
+
+    /// The last word before the decision: an error takes the change back.
+    fn pass(&self, operation: &Operation<'_>, targets: &[NodeId]) -> Result<()>;
+
+    /// What was decided was published, all of it or, with `whole` false, but for what others had changed. Gives
+    /// what is to be noted.
+    fn published(&self, operation: &OperationId, targets: &[NodeId], whole: bool) -> Option<String>;
 }
 
 /// What follows the publication, and when.
@@ -40,4 +59,6 @@ pub struct Terms {
     pub rehearse: bool,
     /// Who looks before old files go.
     pub witness: Witness,
+    /// Whether stubs take the names of deleted members.
+    pub stubs: bool,
 }

@@ -12,9 +12,10 @@ mod plan;
 mod report;
 mod run;
 mod select;
+mod stub;
 
-pub use context::{Context, Terms};
+pub use context::{Context, Gate, Terms};
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
 pub use run::run;
-pub use select::{InPlacePolicy, ModeChoice, Request};
+pub use select::{InPlacePolicy, ModeChoice, Request, select};

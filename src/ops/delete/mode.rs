@@ -41,6 +41,10 @@ pub struct Chosen {
     pub choice: Choice,
     /// The layout.
     pub layout: Layout,
+    /// The length of the survivor's new file in bytes, in the mode taken.
+    pub file_length: u64,
+    /// Of a file that is merged into: the bytes that belong to nothing afterwards.
+    pub superseded_bytes: u64,
 }
 
 /// What a cost is worth in bytes written. What is copied is read before.
@@ -60,7 +64,14 @@ pub fn choose(
     let input = MergeInput::open(stores, scan, merge)?;
     let layout = input.layout()?;
     let choice = choose_with(stores, scan, request, capabilities, merge, &input, &layout)?;
-    Ok(Chosen { choice, layout })
+    let (file_length, superseded_bytes) = match choice.mode {
+        Mode::InPlace => {
+            let onto = input.layout_onto(None)?;
+            (onto.file_length(), onto.superseded().map(|(_, length)| length).sum())
+        }
+        Mode::Clone | Mode::Copy | Mode::Remove => (layout.file_length(), 0),
+    };
+    Ok(Chosen { choice, layout, file_length, superseded_bytes })
 }
 
 fn choose_with(

@@ -60,8 +60,12 @@ pub struct Entry {
     pub reason: String,
     /// What it costs.
     pub cost: Cost,
+    /// The length of the survivor's new file in bytes.
+    pub file_length: u64,
     /// The space that comes back once all names are gone, in bytes, as far as the allocation of the files tells.
     pub bytes_to_free: u64,
+    /// The space that it takes more than before, in bytes: copies of what several survivors read.
+    pub bytes_to_take: u64,
     /// The space that is needed meanwhile, in bytes.
     pub bytes_needed: u64,
     /// The merge, for a survivor.
@@ -183,7 +187,8 @@ impl Planner<'_> {
 
     fn merge(&self, merge: &Merge) -> Result<Entry> {
         let Self { stores, scan, request, capabilities, kept_bytes } = *self;
-        let Chosen { choice, layout } = choose(stores, scan, request, capabilities, merge)?;
+        let Chosen { choice, layout, file_length, superseded_bytes } =
+            choose(stores, scan, request, capabilities, merge)?;
         let Choice { mode, reason, cost } = choice;
         let layout = (mode != Mode::InPlace).then_some(layout).filter(|layout| {
             let bytes = layout.memory_bytes();
@@ -198,13 +203,19 @@ impl Planner<'_> {
         let gone: u64 =
             merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
         let before = gone + scan.allocated_bytes(merge.survivor);
+        let stays = match (mode, merge.merged.first()) {
+            (Mode::InPlace, Some(lowest)) => scan.allocated_bytes(*lowest).saturating_sub(superseded_bytes),
+            _ => 0,
+        };
         Ok(Entry {
             members: merge.merged.clone(),
             into: Some(merge.survivor),
             mode,
             reason,
             cost,
-            bytes_to_free: before.saturating_sub(cost.file_bytes()),
+            file_length,
+            bytes_to_free: before.saturating_sub(stays + cost.file_bytes()),
+            bytes_to_take: (stays + cost.file_bytes()).saturating_sub(before),
             bytes_needed: cost.written_bytes(),
             merge: Some(merge.clone()),
             layout,
@@ -219,7 +230,9 @@ fn plan_removal(scan: &Scan, member: NodeId) -> Entry {
         mode: Mode::Remove,
         reason: "no member that stays reads through it".to_owned(),
         cost: Cost::default(),
+        file_length: 0,
         bytes_to_free: scan.allocated_bytes(member),
+        bytes_to_take: 0,
         bytes_needed: 0,
         merge: None,
         layout: None,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Stat};
 use crate::chain::graph::{Key, NodeId};
 use crate::change::departure::{Departed, depart};
 use crate::change::publication::Published;
@@ -19,6 +19,7 @@ use crate::ops::delete::follow;
 use crate::ops::delete::merge::{Built, build};
 use crate::ops::delete::plan::{Entry, Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
+use crate::ops::delete::stub;
 use crate::ops::{OpError, Result};
 use crate::store::StoreError;
 use crate::store::merge::MergeInput;
@@ -83,6 +84,9 @@ fn change<'s>(
     outcomes: &mut [Outcome],
 ) -> Result<Option<Changed<'s>>> {
     context.cancel.check()?;
+    if let Some(gate) = context.gate {
+        gate.begin(&tree.targets)?;
+    }
     let (site, graph) = (context.site, &context.scan.graph);
     let Some(first) = tree.targets.first() else { return Ok(None) };
     let root = graph.node(tree::root(graph, *first)).key.clone();
@@ -126,6 +130,18 @@ fn change<'s>(
         }
         return Ok(None);
     }
+    carry_out(context, tree, operation, commit, outcomes).map(Some)
+}
+
+/// Decides, and publishes what was decided.
+fn carry_out<'s>(
+    context: &Context<'s>,
+    tree: &TreePlan,
+    operation: Operation<'s>,
+    commit: Commit,
+    outcomes: &mut [Outcome],
+) -> Result<Changed<'s>> {
+    let graph = &context.scan.graph;
     let roots: Vec<Key> = tree
         .entries
         .iter()
@@ -134,10 +150,20 @@ fn change<'s>(
         .map(|merge| graph.node(merge.survivor).key.clone())
         .collect();
     context.cancel.check()?;
+    if let Some(gate) = context.gate {
+        gate.pass(&operation, &tree.targets)?;
+    }
     let decided = operation.decide(commit, &roots)?;
     let published = decided.publish().map_err(|error| OpError::after_decision(&error))?;
     note_grown(context, tree, &decided, outcomes);
-    Ok(Some(Changed { decided, published }))
+    if let Some(gate) = context.gate {
+        let whole = published.iter().all(|one| *one == Published::Done);
+        let note = gate.published(decided.id(), &tree.targets, whole);
+        for outcome in outcomes.iter_mut().filter(|_| note.is_some()) {
+            outcome.note.clone_from(&note);
+        }
+    }
+    Ok(Changed { decided, published })
 }
 
 /// All of them, or the first error; each goes to its own outcome, so that the one that failed says why.
@@ -226,6 +252,11 @@ fn commit(
         leaves.becomes = publications
             .iter()
             .position(|one| one.in_place.as_ref().is_some_and(|plan| plan.members.first() == Some(&own)));
+        if context.terms.stubs {
+            leaves.stub = Some(stub::make(context, operation, departure.member, &format!("{number}.stub"))?);
+            // Whoever comes for the file comes for its checkpoint, too.
+            leaves.checkpoint = None;
+        }
         departures.push(leaves);
     }
     Ok(Commit {
@@ -336,6 +367,12 @@ fn note_end(
         if outcome.error.is_none() {
             old += outcome.into.map_or(0, |into| context.scan.allocated_bytes(into));
             if ended {
+                if outcome.mode == Some(Mode::InPlace)
+                    && let Some(stat) = outcome.into.and_then(|into| now(context, into))
+                {
+                    // What belongs to nothing was given back at the end only.
+                    outcome.new_bytes = stat.allocated_bytes;
+                }
                 // Below zero while extents are shared with a member that stays: nothing came back.
                 outcome.bytes_freed_now = old.saturating_sub(outcome.new_bytes);
             } else {
@@ -345,6 +382,12 @@ fn note_end(
         }
         outcome.undo_until_ns = changed.decided.undo_until().filter(|_| !ended && outcome.error.is_none());
     }
+}
+
+/// A member's file as it is now.
+fn now(context: &Context<'_>, member: NodeId) -> Option<Stat> {
+    let key = &context.scan.graph.node(member).key;
+    context.stores.get(key.store).ok()?.backend().stat(&key.path).ok()
 }
 
 fn outcome(members: &[NodeId], into: Option<NodeId>, mode: Option<Mode>) -> Outcome {

@@ -6,7 +6,9 @@ use crate::chain::delete::{Groups, group};
 use crate::chain::graph::{NodeId, Parent};
 use crate::cloudstack::records::Records;
 use crate::failure::Code;
+use crate::ops::delete::stub::holds_nothing;
 use crate::ops::{OpError, Result};
+use crate::qcow2::Image;
 use crate::store::Stores;
 use crate::store::record::StoreKind;
 use crate::store::scan::{Member, Scan};
@@ -47,6 +49,8 @@ pub struct Request<'a> {
     pub in_place: InPlacePolicy,
     /// Members that were deleted and have their names still.
     pub leaving: BTreeSet<NodeId>,
+    /// Deleted members keep their names for a stub each. Without, the stubs above them go, too.
+    pub stubs: bool,
 }
 
 /// When a merge in place may be chosen; one that is asked for is not concerned, but for `Never`.
@@ -67,13 +71,18 @@ pub fn select(stores: &Stores, scan: &Scan, request: &Request<'_>, targets: &[No
     for target in targets {
         check.target(*target)?;
     }
-    // Those that are on their way out read through others, and need nothing of them.
+    // Those that are on their way out read through others, and need nothing of them; nor do stubs.
     let tree = targets.first().map(|target| scan.graph.tree_of(*target));
     let leaving = request.leaving.iter().copied().filter(|id| Some(scan.graph.tree_of(*id)) == tree);
-    let delete: BTreeSet<NodeId> = targets.iter().copied().chain(leaving).collect();
+    let stubs = check.stubs(targets)?;
+    let delete: BTreeSet<NodeId> =
+        targets.iter().copied().chain(leaving).chain(stubs.iter().copied()).collect();
     let mut groups = group(&scan.graph, &delete)?;
-    groups.removals.retain(|id| !request.leaving.contains(id));
-    groups.departures.retain(|departure| !request.leaving.contains(&departure.member));
+    let stays = |id: &NodeId| {
+        request.leaving.contains(id) || request.stubs && stubs.contains(id) && !targets.contains(id)
+    };
+    groups.removals.retain(|id| !stays(id));
+    groups.departures.retain(|departure| !stays(&departure.member));
     for merge in &groups.merges {
         check.usable(merge.survivor)?;
         for below in scan.graph.ancestors(merge.survivor).unwrap_or_default() {
@@ -156,6 +165,30 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
+    /// The stubs above the targets that nobody reads through. Each is looked into: a mark in its header alone
+    /// would not be enough to leave a child behind.
+    fn stubs(&self, targets: &[NodeId]) -> Result<BTreeSet<NodeId>> {
+        let mut found = BTreeSet::new();
+        let mut left: Vec<NodeId> = targets.to_vec();
+        while let Some(id) = left.pop() {
+            for child in self.scan.graph.children(id).iter().copied() {
+                if !found.contains(&child) && self.scan.is_idle_stub(child) && self.is_empty(child)? {
+                    found.insert(child);
+                    left.push(child);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn is_empty(&self, id: NodeId) -> Result<bool> {
+        let member = self.member(id)?;
+        let store = self.stores.get(member.key.store)?;
+        let file = store.backend().open(&member.key.path);
+        let file = file.map_err(|source| crate::store::StoreError::backend(store, source))?;
+        Ok(holds_nothing(&Image::open(file, &self.name(member))?)?)
+    }
+
     /// A member that is read must not be written meanwhile.
     fn still(&self, id: NodeId) -> Result<()> {
         let member = self.member(id)?;
@@ -197,7 +230,7 @@ impl<'a> Check<'a> {
             let message = format!("{} is still being made and may become its child", self.name(newer));
             return Err(self.refuse(member, Code::Incoming, message));
         }
-        if self.cloudstack(member)? && !self.request.end_of_chain {
+        if self.cloudstack(member)? && !member.stub && !self.request.end_of_chain {
             let message = "the hypervisor names it as parent of its next increment: say --end-of-chain if the \
                            chain has been ended";
             return Err(self.refuse(member, Code::EndOfChain, message));

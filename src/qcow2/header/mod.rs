@@ -45,6 +45,8 @@ pub struct Header {
     /// The bitmaps extension, if present *and* its autoclear bit is set; present with the bit clear
     /// means stale bitmaps, which count as none.
     pub bitmaps: Option<BitmapsExtension>,
+    /// The store whose qchain made it as an empty stand-in for a deleted member, as its own extension says.
+    pub stub: Option<String>,
 }
 
 impl Header {

@@ -10,11 +10,12 @@ use crate::qcow2::format::{
     AT_SNAPSHOTS_OFFSET, AT_VERSION, AT_VIRTUAL_SIZE, AUTOCLEAR_BITMAPS, BITMAPS_EXTENSION_BYTES,
     COMPATIBLE_LAZY_REFCOUNTS, COMPRESSION_ZLIB, COMPRESSION_ZSTD, DEFAULT_REFCOUNT_ORDER,
     EXTENDED_L2_MIN_CLUSTER_BITS, EXTENSION_BACKING_FORMAT, EXTENSION_BITMAPS, EXTENSION_ENCRYPTION,
-    EXTENSION_END, EXTENSION_FEATURE_NAMES, EXTENSION_HEAD_BYTES, FEATURE_NAME_BYTES, HEADER_V2_BYTES,
-    HEADER_V3_MIN_BYTES, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE,
-    INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN, MAGIC, MAX_BACKING_FORMAT_BYTES,
-    MAX_BACKING_NAME_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_HOST_OFFSET, MAX_L1_BYTES,
-    MAX_REFCOUNT_ORDER, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
+    EXTENSION_END, EXTENSION_FEATURE_NAMES, EXTENSION_HEAD_BYTES, EXTENSION_STUB, FEATURE_NAME_BYTES,
+    HEADER_V2_BYTES, HEADER_V3_MIN_BYTES, INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY, INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN, MAGIC,
+    MAX_BACKING_FORMAT_BYTES, MAX_BACKING_NAME_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS,
+    MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFCOUNT_ORDER, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
+    MAX_STUB_BYTES,
 };
 use crate::qcow2::tables::L1_ENTRY_BYTES;
 use crate::units::{ClusterBits, HostOffset};
@@ -66,6 +67,7 @@ struct Features {
 struct Extensions {
     backing_format: Option<String>,
     bitmaps: Option<BitmapsExtension>,
+    stub: Option<String>,
     feature_names: Vec<(u8, u8, String)>,
 }
 
@@ -110,6 +112,7 @@ impl Parser<'_> {
             compression,
             backing,
             bitmaps: extensions.bitmaps,
+            stub: extensions.stub,
         };
         self.check_tables(&header)?;
         Ok(header)
@@ -225,6 +228,10 @@ impl Parser<'_> {
                 }
                 EXTENSION_BITMAPS if features.autoclear & AUTOCLEAR_BITMAPS != 0 => {
                     found.bitmaps = Some(self.bitmaps(self.range(at, length, cluster_bits)?, cluster_bits)?);
+                }
+                EXTENSION_STUB if length <= MAX_STUB_BYTES => {
+                    let text = self.range(at, length, cluster_bits)?;
+                    found.stub = Some(String::from_utf8_lossy(text).into_owned());
                 }
                 EXTENSION_ENCRYPTION => {
                     return Err(self.unsupported(Code::Encrypted, "encryption").into());

@@ -50,6 +50,9 @@ pub fn encode(options: &ImageOptions, version: u32, l1_entries: u64, geometry: &
     if let Some(backing) = &options.backing {
         at = header.extension(at, format::EXTENSION_BACKING_FORMAT, backing.format.as_bytes());
     }
+    if let Some(store) = &options.stub {
+        at = header.extension(at, format::EXTENSION_STUB, store.as_bytes());
+    }
     // Small clusters have no room for the names beside a long backing name; they are only a courtesy.
     let name_bytes = options.backing.as_ref().map_or(0, |backing| backing.name.len());
     let table_bytes = FEATURES.len() * format::FEATURE_NAME_BYTES + 2 * format::EXTENSION_HEAD_BYTES;

@@ -59,6 +59,8 @@ pub struct ImageOptions {
     pub virtual_size: u64,
     /// The backing file, if it is to have one.
     pub backing: Option<Backing>,
+    /// The store on which it stands in for a deleted member: its own extension says so.
+    pub stub: Option<String>,
 }
 
 /// The backing file of an image to be.
@@ -85,6 +87,7 @@ impl ImageOptions {
             lazy_refcounts: header.lazy_refcounts,
             virtual_size: header.virtual_size,
             backing,
+            stub: None,
         }
     }
 

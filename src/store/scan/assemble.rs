@@ -37,6 +37,9 @@ pub fn assemble(
             let message = "its backing names lead back to itself".to_owned();
             findings.push(Finding { member: display.clone(), code: Code::Cycle, message });
         }
+        let store = stores.get(member.key.store)?.record().map(|record| record.id.as_str());
+        let made_for = member.reading.header().and_then(|header| header.stub.as_deref());
+        member.stub = made_for.is_some() && made_for == store;
         member.incoming = incoming(member, &graph, id, options, checkpoints.has(&member.key));
         if let CheckpointFacts::Unreadable(reason) = &member.checkpoint {
             let message = format!("its checkpoint file cannot be read: {reason}");
@@ -97,6 +100,10 @@ fn incoming(
 ) -> Option<Incoming> {
     if member.locks.writer {
         return Some(Incoming::Writer);
+    }
+    // Whole since it has its name, and never compared with a checkpoint file.
+    if member.stub {
+        return None;
     }
     if member.temporary || !has_checkpoints {
         let settled = member.stat.modified_ns + options.settle_ns <= options.now_ns;

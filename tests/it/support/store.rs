@@ -108,6 +108,7 @@ pub fn delete_by(
         plan: &plan,
         jobs,
         force: false,
+        gate: None,
         terms,
         progress: &Silent,
         cancel: site.cancel,

@@ -207,6 +207,7 @@ fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {
                 retention_ns: *retention_ns,
                 rehearse: false,
                 witness: Witness::None,
+                stubs: false,
             };
             gave.done = delete(world, life, &site, targets, *mode, terms)?;
         }
@@ -259,6 +260,7 @@ fn delete(
         plan: &plan,
         jobs: 1,
         force: false,
+        gate: None,
         terms,
         progress: &Silent,
         cancel: site.cancel,

@@ -1,0 +1,262 @@
+//! How a plan of merges and its results are shown: by `delete` and `reclaim`.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use humantime::format_duration;
+use serde::Serialize;
+
+use super::operations::short;
+use super::output::{ErrorBody, human, time};
+use crate::chain::graph::NodeId;
+use crate::failure::{Failure, with_causes};
+use crate::ops::delete::{self, Entry, Outcome, Plan, Report, TreePlan};
+use crate::store::Stores;
+use crate::store::scan::Scan;
+
+/// What `--json` shows.
+#[derive(Serialize)]
+pub struct Document<'a> {
+    /// All was done but the decision: nothing has changed.
+    rehearsed: bool,
+    plan: Vec<PlanEntry<'a>>,
+    refused: Vec<Refused<'a>>,
+    results: Vec<ResultEntry<'a>>,
+}
+
+#[derive(Serialize)]
+struct PlanEntry<'a> {
+    members: Vec<String>,
+    into: Option<String>,
+    mode: &'static str,
+    reason: &'a str,
+    bytes_to_write: u64,
+    bytes_to_clone: u64,
+    bytes_to_free: u64,
+    /// What it takes more than before: several survivors may each need a copy.
+    bytes_to_take: u64,
+    bytes_needed: u64,
+    /// Whether it can be undone once it is done.
+    undoable: bool,
+}
+
+/// A tree that nothing happens to.
+#[derive(Serialize)]
+struct Refused<'a> {
+    members: Vec<String>,
+    error: ErrorBody<'a>,
+}
+
+#[derive(Serialize)]
+struct ResultEntry<'a> {
+    operation: &'a str,
+    status: &'static str,
+    error: Option<ErrorBody<'a>>,
+    members: Vec<String>,
+    into: Option<String>,
+    mode: Option<&'static str>,
+    bytes_written: u64,
+    metadata_bytes_written: u64,
+    bytes_cloned: u64,
+    bytes_freed_now: u64,
+    bytes_held_until_purge: u64,
+    undo_until: Option<String>,
+    note: Option<&'a str>,
+    claims: Vec<Claim>,
+    elapsed_milliseconds: u64,
+}
+
+/// What was proved of a new image, for how many bytes of its view.
+#[derive(Serialize)]
+struct Claim {
+    #[serde(rename = "claim")]
+    name: &'static str,
+    bytes: u64,
+    /// Of these, how many were read on both sides and compared.
+    compared_bytes: u64,
+}
+
+/// A plan with what it takes to name its members.
+pub struct Shown<'a> {
+    pub stores: &'a Stores,
+    pub scan: &'a Scan,
+    pub plan: &'a Plan,
+    pub grace: Duration,
+    pub retention: Duration,
+    pub rehearse: bool,
+}
+
+impl Shown<'_> {
+    pub fn name(&self, id: NodeId) -> String {
+        self.stores.display(&self.scan.graph.node(id).key)
+    }
+
+    fn names(&self, ids: &[NodeId]) -> Vec<String> {
+        ids.iter().map(|id| self.name(*id)).collect()
+    }
+
+    /// What `--json` shows.
+    pub fn document<'r>(&'r self, report: &'r Report) -> Document<'r> {
+        let refused = self.plan.trees.iter().filter_map(|tree| {
+            let error = ErrorBody::of(tree.refusal.as_ref()?);
+            Some(Refused { members: self.names(&tree.targets), error })
+        });
+        let trees = self.plan.trees.iter();
+        Document {
+            rehearsed: self.rehearse,
+            plan: trees
+                .flat_map(|tree| tree.entries.iter().map(|entry| self.plan_entry(tree, entry)))
+                .collect(),
+            refused: refused.collect(),
+            results: report.outcomes.iter().map(|outcome| self.result_entry(outcome)).collect(),
+        }
+    }
+
+    /// Whether what happens to a tree can be undone: as a whole, or not at all.
+    fn undoable(&self, tree: &TreePlan) -> bool {
+        let written_into = tree.entries.iter().any(|entry| entry.mode == delete::Mode::InPlace);
+        !written_into && !(self.retention + self.grace).is_zero()
+    }
+
+    fn plan_entry<'r>(&self, tree: &TreePlan, entry: &'r Entry) -> PlanEntry<'r> {
+        PlanEntry {
+            members: self.names(&entry.members),
+            into: entry.into.map(|id| self.name(id)),
+            mode: entry.mode.word(),
+            reason: &entry.reason,
+            bytes_to_write: entry.cost.written_bytes(),
+            bytes_to_clone: entry.cost.clone_bytes,
+            bytes_to_free: entry.bytes_to_free,
+            bytes_to_take: entry.bytes_to_take,
+            bytes_needed: entry.bytes_needed,
+            undoable: self.undoable(tree),
+        }
+    }
+
+    fn result_entry<'r>(&self, outcome: &'r Outcome) -> ResultEntry<'r> {
+        let proved = outcome.planned_bytes + outcome.compared_bytes;
+        let claim = Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes };
+        let made = outcome.into.is_some() && outcome.error.is_none();
+        ResultEntry {
+            operation: &outcome.operation,
+            status: outcome.status.word(),
+            error: outcome.error.as_ref().map(ErrorBody::of),
+            members: self.names(&outcome.members),
+            into: outcome.into.map(|id| self.name(id)),
+            mode: outcome.mode.map(delete::Mode::word),
+            bytes_written: outcome.bytes_written,
+            metadata_bytes_written: outcome.metadata_bytes_written,
+            bytes_cloned: outcome.bytes_cloned,
+            bytes_freed_now: outcome.bytes_freed_now,
+            bytes_held_until_purge: outcome.bytes_held_until_purge,
+            undo_until: outcome.undo_until_ns.map(time),
+            note: outcome.note.as_deref(),
+            claims: if made { vec![claim] } else { Vec::new() },
+            elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
+        }
+    }
+
+    pub fn plan_text(&self) -> String {
+        let mut text = Vec::new();
+        // Writing into memory cannot fail.
+        let _ = self.write_plan(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    pub fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
+        for tree in &self.plan.trees {
+            for entry in &tree.entries {
+                self.write_entry(out, entry)?;
+            }
+            match &tree.refusal {
+                Some(refusal) => writeln!(out, "not done: {} [{}]", with_causes(refusal), refusal.code())?,
+                None if !self.undoable(tree) => writeln!(out, "  this cannot be undone")?,
+                None => {}
+            }
+        }
+        if self.plan.trees.iter().any(|tree| tree.refusal.is_none() && self.undoable(tree)) {
+            let (kept, named) = (format_duration(self.grace + self.retention), format_duration(self.grace));
+            writeln!(out, "old files are kept, and it can be undone, for {kept}")?;
+            if !self.grace.is_zero() {
+                writeln!(out, "deleted members keep their names, for who reads them now, for {named}")?;
+            }
+        }
+        if self.rehearse {
+            writeln!(out, "this is a rehearsal: all is built and proved, and thrown away")?;
+        }
+        Ok(())
+    }
+
+    fn write_entry(&self, out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
+        let what = match entry.into {
+            Some(into) => format!("merge into {}:", self.name(into)),
+            None => "remove:".to_owned(),
+        };
+        writeln!(out, "{what}")?;
+        for member in &entry.members {
+            writeln!(out, "    {}", self.name(*member))?;
+        }
+        let mut line = format!("  by {} ({})", entry.mode.word(), entry.reason);
+        if entry.into.is_some() {
+            let (write, clone) = (human(entry.cost.written_bytes()), human(entry.cost.clone_bytes));
+            let _ = write!(line, ", writes {write}, shares {clone}");
+        }
+        if entry.bytes_to_take > 0 {
+            return writeln!(out, "{line}, takes {} more", human(entry.bytes_to_take));
+        }
+        writeln!(out, "{line}, frees {}", human(entry.bytes_to_free))
+    }
+
+    pub fn write_results(&self, out: &mut dyn Write, report: &Report) -> io::Result<()> {
+        for outcome in &report.outcomes {
+            let name = outcome.into.or(outcome.members.first().copied()).map(|id| self.name(id));
+            let rehearsed = self.rehearse && outcome.error.is_none();
+            let word = if rehearsed { "rehearsed" } else { outcome.status.word() };
+            let name = name.unwrap_or_default();
+            match &outcome.error {
+                // It says which member it is about.
+                Some(error) if error.member() == Some(&name) => write!(out, "{word}")?,
+                _ => write!(out, "{word}: {name}")?,
+            }
+            match &outcome.error {
+                Some(error) => write!(out, ": {} [{}]", with_causes(error), error.code())?,
+                None if outcome.into.is_some() => write!(
+                    out,
+                    ": wrote {}, shared {}, freed {}, proved {} in {:.2} s",
+                    human(outcome.bytes_written + outcome.metadata_bytes_written),
+                    human(outcome.bytes_cloned),
+                    human(outcome.bytes_freed_now),
+                    human(outcome.planned_bytes + outcome.compared_bytes),
+                    Duration::from_nanos(outcome.elapsed_ns).as_secs_f64()
+                )?,
+                None => write!(out, ": freed {}", human(outcome.bytes_freed_now))?,
+            }
+            match &outcome.note {
+                Some(note) if !rehearsed => writeln!(out, "; {note}")?,
+                _ => writeln!(out)?,
+            }
+        }
+        if self.rehearse {
+            writeln!(out, "it was a rehearsal: nothing was changed")?;
+        }
+        write_kept(out, report)
+    }
+}
+
+/// What each operation keeps, and how it is undone. The outcomes of one stand together.
+fn write_kept(out: &mut dyn Write, report: &Report) -> io::Result<()> {
+    for outcomes in report.outcomes.chunk_by(|a, b| a.operation == b.operation) {
+        let held: u64 = outcomes.iter().map(|outcome| outcome.bytes_held_until_purge).sum();
+        let Some((outcome, until)) = outcomes.iter().find_map(|one| Some((one, one.undo_until_ns?))) else {
+            // Nothing, or what waits for the grace of a merge in place.
+            if held > 0 {
+                writeln!(out, "{} are freed by a later purge; this cannot be undone", human(held))?;
+            }
+            continue;
+        };
+        let (held, until, id) = (human(held), time(until), short(&outcome.operation));
+        writeln!(out, "{held} are kept until {until}; until then qchain undo {id} takes it back")?;
+    }
+    Ok(())
+}
