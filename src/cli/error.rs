@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::cloudstack::records::RecordsError;
+use crate::database::DatabaseError;
 use crate::failure::{Code, Failure, Kind};
 use crate::ops::OpError;
 use crate::progress::Cancelled;
@@ -66,6 +67,9 @@ pub enum CliError {
         #[source]
         source: io::Error,
     },
+    /// CloudStack's database could not be used.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
     /// Standard output is gone, or full.
     #[error("failed to write the output")]
     Write {
@@ -110,6 +114,7 @@ impl Failure for CliError {
             Self::Usage { .. } => Kind::Usage,
             Self::Refused { .. } => Kind::Refused,
             Self::Op(error) => error.kind(),
+            Self::Database(error) => error.kind(),
             Self::Records { source, .. } => source.kind(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Kind::NotFound,
             Self::Read { .. } | Self::Write { .. } => Kind::Io,
@@ -120,6 +125,7 @@ impl Failure for CliError {
         match self {
             Self::Usage { code, .. } | Self::Refused { code, .. } => *code,
             Self::Op(error) => error.code(),
+            Self::Database(error) => error.code(),
             Self::Records { source, .. } => source.code(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::Read { .. } | Self::Write { .. } => Code::Io,

@@ -23,11 +23,13 @@ mod list;
 mod lock_proof;
 mod map;
 mod members;
+mod merges;
 mod metrics;
 mod metrics_file;
 mod operations;
 mod output;
 mod purge;
+mod reclaim;
 mod records_file;
 mod recover;
 mod settings;
@@ -102,6 +104,8 @@ enum Command {
     Verify(verify::Args),
     /// Delete members: merge each into its children, or remove a tip
     Delete(delete::Args),
+    /// Give back the space of deleted snapshots that CloudStack keeps for their children
+    Reclaim(reclaim::Args),
     /// Show what was deleted, until when it can be undone, what is kept for that
     History(history::Args),
     /// Take a delete back, whole
@@ -133,6 +137,11 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Delete(args) => {
             metrics::run(context(), "delete", &args.metrics, args.changes(), |context| {
                 delete::run(context, args)
+            })
+        }
+        Command::Reclaim(args) => {
+            metrics::run(context(), "reclaim", &args.metrics, args.changes(), |context| {
+                reclaim::run(context, args)
             })
         }
         Command::History(_) => history::run(&context()?),

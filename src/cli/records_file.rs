@@ -11,3 +11,8 @@ pub fn read(path: &Path) -> Result<Records> {
     let text = std::fs::read(path).map_err(|source| CliError::Read { file: file.clone(), source })?;
     Records::parse(&text).map_err(|source| CliError::Records { file, source })
 }
+
+/// When it was changed last, as far as that can be told.
+pub fn changed(path: &Path) -> Option<std::time::SystemTime> {
+    std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+}

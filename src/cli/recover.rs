@@ -7,8 +7,10 @@ use super::error::{Exit, Result};
 use super::metrics;
 use super::operations::{self, failure, held_bytes, names, said, several, short, until};
 use super::output::{self, ErrorBody};
+use super::reclaim::finish;
 use crate::change::Site;
 use crate::change::recover::Recovered;
+use crate::database::Database;
 use crate::ops::recover::{recover, thaw};
 use crate::store::scan::Finding;
 
@@ -23,6 +25,9 @@ pub struct Args {
     /// First let the tree be changed again that this operation froze; the beginning of its id is enough
     #[arg(long, value_name = "OPERATION")]
     thaw: Option<String>,
+    /// CloudStack's database: changes of rows that follow finished merges are made, too
+    #[arg(long, value_name = "URL", env = "QCHAIN_DATABASE", hide_env_values = true)]
+    database: Option<String>,
     #[command(flatten)]
     pub metrics: metrics::Args,
 }
@@ -76,9 +81,11 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let held = held_bytes(&site);
     let all = recover(&site, context.witness())?;
     context.note_freed(held.saturating_sub(held_bytes(&site)));
+    let database = args.database.as_deref().map(Database::connect).transpose()?;
+    let rows = finish(&site, database.as_ref())?;
     let document = Document {
         recovered: all.iter().map(|one| Entry::of(&site, one)).collect(),
-        findings: all.iter().flat_map(|one| operations::findings(&one.action)).collect(),
+        findings: all.iter().flat_map(|one| operations::findings(&one.action)).chain(&rows).collect(),
         thawed: thawed.map(|tree| tree.to_string()),
     };
     context.print(&document, |out| {

@@ -10,6 +10,7 @@ mod error;
 pub mod init;
 pub mod list;
 pub mod map;
+pub mod reclaim;
 pub mod recover;
 pub mod verify;
 

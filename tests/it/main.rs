@@ -32,6 +32,7 @@ mod qcow2_check;
 mod qcow2_read;
 mod qemu_readers;
 mod readers_meanwhile;
+mod reclaim;
 mod simulation;
 mod ssvm_client;
 mod support;

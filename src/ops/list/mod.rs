@@ -187,6 +187,7 @@ fn state(member: &Member, graph: &Graph, id: NodeId, row: Option<&Row>) -> Strin
         Some(Incoming::Writer | Incoming::NoCheckpoint | Incoming::ParentsDisagree { .. }) => "incoming",
         _ if member.reading.fault().is_some() || graph.complete(id).is_err() => "damaged",
         _ if member.temporary => "temporary",
+        _ if member.stub => "stub",
         Some(Incoming::Unsettled) => "incoming",
         None => return row.map_or_else(|| "settled".to_owned(), |row| row.ref_state.as_str().to_lowercase()),
     };

@@ -12,6 +12,7 @@ pub mod images;
 pub mod killing;
 pub mod later;
 pub mod libvirt;
+pub mod mariadb;
 pub mod merging;
 pub mod mounts;
 pub mod onto;

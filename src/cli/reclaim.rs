@@ -1,0 +1,396 @@
+//! `qchain reclaim`.
+
+mod ledger;
+mod source;
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::context::Context;
+use super::delete::{Mode, default_grace, exit, mode, nanoseconds, start};
+use super::error::{CliError, Exit, Result};
+use super::merges::{self, Shown};
+use super::output::human;
+use super::{metrics, output, values};
+use crate::chain::graph::NodeId;
+use crate::change::leaving::leaving;
+use crate::change::{Guard, Site};
+use crate::failure::{Code, Failure};
+use crate::ops::OpError;
+use crate::ops::delete::{self, Plan, Report, Request, Terms, select};
+use crate::ops::reclaim::{Bounds, Found, find};
+use crate::store::Stores;
+use crate::store::rows::RowMap;
+use crate::store::scan::{Finding, Scan};
+use ledger::{Ledger, Made};
+
+pub use ledger::finish;
+pub use source::Source;
+
+/// How long deleted members keep their names at least where stubs take them: a reader that opened an old survivor
+/// must have opened what is below it by then.
+const STUB_GRACE: Duration = Duration::from_mins(1);
+
+/// Flags of `reclaim`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// CloudStack's rows, from scripts/export-records.sql
+    #[arg(long, value_name = "FILE", required_unless_present = "database", conflicts_with = "database")]
+    records: Option<PathBuf>,
+    /// CloudStack's database
+    #[arg(long, value_name = "URL", env = "QCHAIN_DATABASE", hide_env_values = true)]
+    database: Option<String>,
+    /// What becomes of the rows
+    #[arg(long, value_enum, default_value = "untouched")]
+    rows: Rows,
+    /// Only this account's snapshots; may be repeated
+    #[arg(long, value_name = "ACCOUNT")]
+    account: Vec<u64>,
+    /// Write at most so many bytes in all
+    #[arg(long, value_name = "BYTES", value_parser = values::size)]
+    limit_bytes: Option<u64>,
+    /// Begin no merge after so long; what was begun is finished
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    max_duration: Option<Duration>,
+    /// Print the plan and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not wait until files without checkpoint have been left alone for the settle time
+    #[arg(long)]
+    now: bool,
+    /// How to move data
+    #[arg(long, value_enum, default_value = "auto")]
+    mode: Mode,
+    /// How many trees are worked on at once [default: limits.jobs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: Option<u16>,
+    /// How long deleted members keep their names [default: `safety.reader_grace`, with stubs at least 1 min]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    grace: Option<Duration>,
+    /// How long old files are kept for an undo [default: safety.retention]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    retention: Option<Duration>,
+    /// The most bytes that are copied a second [default: limits.rate]
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    rate: Option<u64>,
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    pub metrics: metrics::Args,
+}
+
+impl Args {
+    /// Whether the stores are to be changed.
+    pub fn changes(&self) -> bool {
+        !self.dry_run
+    }
+}
+
+/// What becomes of CloudStack's rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Rows {
+    /// Nothing: an empty image keeps each deleted name for CloudStack
+    Untouched,
+    /// The changes are printed as SQL, for whoever may make them
+    Print,
+    /// The changes are made; needs --database, and a user that may UPDATE
+    Apply,
+}
+
+/// What `--json` shows.
+#[derive(Serialize)]
+struct Document<'a> {
+    #[serde(flatten)]
+    merges: merges::Document<'a>,
+    /// Changes of rows, tree by tree.
+    rows: &'a [Made],
+    findings: &'a [Finding],
+}
+
+/// Finds, plans, asks, merges.
+pub fn run(context: &Context, args: &Args) -> Result<Exit> {
+    if !args.dry_run {
+        context.check_writable()?;
+    }
+    if args.rows == Rows::Apply && args.database.is_none() {
+        return Err(CliError::usage("--rows apply needs --database".to_owned()));
+    }
+    let begun = Instant::now();
+    let stores = context.stores()?;
+    stores.check_writable()?;
+    let site = context.site(&stores);
+    site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
+    let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
+    let source = Source::open(args.records.as_deref(), args.database.as_deref())?;
+    // What an earlier run left.
+    let late = if args.rows == Rows::Apply && !args.dry_run {
+        finish(&site, source.database())?
+    } else {
+        Vec::new()
+    };
+    let scan = context.scan(&stores, args.now)?;
+    let records = source.records()?;
+    let leaving = leaving(&site, &scan).map_err(OpError::from)?;
+    let map = RowMap::new(&stores, &scan, &records);
+    let bounds = Bounds { accounts: args.account.clone() };
+    let Found { targets, mut findings } = find(&stores, &scan, &map, &leaving, &bounds);
+    findings.extend(late);
+    let mut request = Request {
+        targets,
+        mode: mode(args.mode),
+        records: Some(&records),
+        dry_run: args.dry_run,
+        in_place: context.in_place(),
+        leaving,
+        stubs: args.rows == Rows::Untouched,
+        ..Request::default()
+    };
+    request.targets = selectable(&stores, &scan, &request, &mut findings);
+    context.progress().phase("planning", 0);
+    let mut plan = plan_worth(&stores, &scan, &mut request, &mut findings)?;
+    bound(&stores, &scan, &mut plan, args.limit_bytes, &mut findings);
+    let deadline = args.max_duration.and_then(|limit| begun.checked_add(limit));
+    let ledger = Ledger::new(&site, &source, &records, &map, &scan, &plan, args.rows).until(deadline);
+    let work = Work { site: &site, scan: &scan, plan: &plan, ledger: &ledger };
+    match guard {
+        Some(guard) if !plan.trees.is_empty() => merge(context, args, &work, &guard, findings),
+        _ => show(context, args, &work, &findings),
+    }
+}
+
+/// What was planned.
+struct Work<'a> {
+    site: &'a Site<'a>,
+    scan: &'a Scan,
+    plan: &'a Plan,
+    ledger: &'a Ledger<'a>,
+}
+
+impl Work<'_> {
+    fn shown(&self, context: &Context, args: &Args) -> Shown<'_> {
+        let grace = args.grace.or(context.settings.safety.reader_grace.0);
+        let least = if args.rows == Rows::Untouched { STUB_GRACE } else { Duration::ZERO };
+        Shown {
+            stores: self.site.stores,
+            scan: self.scan,
+            plan: self.plan,
+            grace: grace.unwrap_or_else(|| default_grace(self.plan).max(least)),
+            retention: args.retention.unwrap_or(context.settings.safety.retention.0),
+            rehearse: false,
+        }
+    }
+}
+
+/// Shows the plan, and that is all.
+fn show(context: &Context, args: &Args, work: &Work<'_>, findings: &[Finding]) -> Result<Exit> {
+    let (shown, report, rows) = (work.shown(context, args), Report::default(), work.ledger.planned());
+    let document = Document { merges: shown.document(&report), rows: &rows, findings };
+    context.print(&document, |out| {
+        shown.write_plan(out)?;
+        if work.plan.trees.is_empty() {
+            writeln!(out, "nothing can be reclaimed")?;
+        }
+        write_total(out, work.plan)?;
+        write_rows(out, &rows)?;
+        output::findings(out, findings)
+    })?;
+    Ok(exit(work.plan.trees.iter().find_map(|tree| tree.refusal.as_ref())))
+}
+
+/// Asks, and merges.
+fn merge(
+    context: &Context,
+    args: &Args,
+    work: &Work<'_>,
+    guard: &Guard,
+    mut findings: Vec<Finding>,
+) -> Result<Exit> {
+    let shown = work.shown(context, args);
+    context.confirm(&shown.plan_text(), args.yes)?;
+    let run = delete::Context {
+        site: work.site,
+        terms: Terms {
+            grace_ns: nanoseconds(shown.grace),
+            retention_ns: nanoseconds(shown.retention),
+            rehearse: false,
+            witness: context.witness(),
+            stubs: args.rows == Rows::Untouched,
+        },
+        stores: work.site.stores,
+        scan: work.scan,
+        plan: work.plan,
+        jobs: args.jobs.map_or(context.settings.limits.jobs, usize::from),
+        force: false,
+        gate: Some(work.ledger),
+        progress: context.progress(),
+        cancel: &context.cancel,
+    };
+    let mut report = delete::run(&run, guard)?;
+    context.note_freed(report.outcomes.iter().map(|outcome| outcome.bytes_freed_now).sum());
+    put_off(&shown, &mut report, &mut findings);
+    let rows = work.ledger.made();
+    let document = Document { merges: shown.document(&report), rows: &rows, findings: &findings };
+    context.print(&document, |out| {
+        if args.yes {
+            shown.write_plan(out)?;
+        }
+        shown.write_results(out, &report)?;
+        write_rows(out, &rows)?;
+        output::findings(out, &findings)
+    })?;
+    Ok(exit(report.first_failure()))
+}
+
+/// The targets that can be merged away. What stands against one is told, and the rest of its tree goes on
+/// without it.
+fn selectable(
+    stores: &Stores,
+    scan: &Scan,
+    request: &Request<'_>,
+    findings: &mut Vec<Finding>,
+) -> Vec<NodeId> {
+    let mut trees: std::collections::BTreeMap<usize, Vec<NodeId>> = std::collections::BTreeMap::new();
+    for target in &request.targets {
+        trees.entry(scan.graph.tree_of(*target)).or_default().push(*target);
+    }
+    let name = |id: NodeId| stores.display(&scan.graph.node(id).key);
+    let mut good = Vec::new();
+    for mut targets in trees.into_values() {
+        while !targets.is_empty() {
+            let Err(error) = select(stores, scan, request, &targets) else { break };
+            let about = error.member().unwrap_or_default().to_owned();
+            findings.push(Finding { member: about.clone(), code: error.code(), message: error.to_string() });
+            let before = targets.len();
+            // It is about a target, or about one that a target would be merged into or stands on.
+            let near = |id: &NodeId| {
+                name(*id) == about || scan.graph.children(*id).iter().any(|child| name(*child) == about)
+            };
+            targets.retain(|id| !near(id));
+            if targets.len() == before {
+                targets.clear();
+            }
+        }
+        good.extend(targets);
+    }
+    good
+}
+
+/// Plans what gives space back: a member that several survivors read may take more as their copies.
+fn plan_worth(
+    stores: &Stores,
+    scan: &Scan,
+    request: &mut Request<'_>,
+    findings: &mut Vec<Finding>,
+) -> Result<Plan> {
+    loop {
+        if request.targets.is_empty() {
+            return Ok(Plan::default());
+        }
+        let plan = delete::plan(stores, scan, request)?;
+        let useless = without_gain(&plan);
+        if useless.is_empty() {
+            return Ok(plan);
+        }
+        for id in &useless {
+            let member = stores.display(&scan.graph.node(*id).key);
+            let message = "merging it into its children would take more space than it gives back".to_owned();
+            findings.push(Finding { member, code: Code::NoGain, message });
+        }
+        request.targets.retain(|id| !useless.contains(id));
+    }
+}
+
+/// The members that give nothing back, together with those that are merged with them.
+fn without_gain(plan: &Plan) -> BTreeSet<NodeId> {
+    let mut useless = BTreeSet::new();
+    for tree in &plan.trees {
+        // Entries that share a member hang together.
+        let mut groups: Vec<(BTreeSet<NodeId>, u64, u64)> = Vec::new();
+        for entry in &tree.entries {
+            let members: BTreeSet<NodeId> = entry.members.iter().copied().collect();
+            let mut joined = (members, entry.bytes_to_free, entry.bytes_to_take);
+            let (touching, apart): (Vec<_>, Vec<_>) =
+                groups.into_iter().partition(|group| !group.0.is_disjoint(&joined.0));
+            for (members, freed, taken) in touching {
+                joined.0.extend(members);
+                joined.1 += freed;
+                joined.2 += taken;
+            }
+            groups = apart;
+            groups.push(joined);
+        }
+        useless
+            .extend(groups.into_iter().filter(|(_, freed, taken)| freed <= taken).flat_map(|group| group.0));
+    }
+    useless
+}
+
+/// The trees that give back most for what they write come first; what is behind the limit is left.
+fn bound(stores: &Stores, scan: &Scan, plan: &mut Plan, limit: Option<u64>, findings: &mut Vec<Finding>) {
+    let freed = |tree: &delete::TreePlan| tree.entries.iter().map(|entry| entry.bytes_to_free).sum::<u64>();
+    let written =
+        |tree: &delete::TreePlan| tree.entries.iter().map(|entry| entry.cost.written_bytes()).sum::<u64>();
+    plan.trees.sort_by_cached_key(|tree| {
+        let gain = u128::from(freed(tree)) * 1_000_000 / (u128::from(written(tree)) + 1);
+        (std::cmp::Reverse(gain), tree.targets.clone())
+    });
+    let Some(mut left) = limit else { return };
+    plan.trees.retain(|tree| {
+        let fits = written(tree) <= left;
+        if fits {
+            left -= written(tree);
+        } else if let Some(first) = tree.targets.first() {
+            let member = stores.display(&scan.graph.node(*first).key);
+            let message = format!(
+                "{} would be written, and --limit-bytes leaves {}",
+                human(written(tree)),
+                human(left)
+            );
+            findings.push(Finding { member, code: Code::LeftForLater, message });
+        }
+        fits
+    });
+}
+
+/// What was not begun in time is no failure.
+fn put_off(shown: &Shown<'_>, report: &mut Report, findings: &mut Vec<Finding>) {
+    report.outcomes.retain(|outcome| {
+        let late = outcome.error.as_ref().filter(|error| error.code() == Code::LeftForLater);
+        if let Some(error) = late {
+            let member = outcome.members.first().map(|id| shown.name(*id)).unwrap_or_default();
+            findings.push(Finding { member, code: Code::LeftForLater, message: error.to_string() });
+        }
+        late.is_none()
+    });
+}
+
+fn write_total(out: &mut dyn Write, plan: &Plan) -> io::Result<()> {
+    if plan.trees.is_empty() {
+        return Ok(());
+    }
+    let freed: u64 = plan.entries().map(|entry| entry.bytes_to_free).sum();
+    let taken: u64 = plan.entries().map(|entry| entry.bytes_to_take).sum();
+    let freed = freed.saturating_sub(taken);
+    let written: u64 = plan.entries().map(|entry| entry.cost.written_bytes()).sum();
+    writeln!(out, "in all: writes {}, frees {}", human(written), human(freed))
+}
+
+/// The statements, ready to be run.
+fn write_rows(out: &mut dyn Write, rows: &[Made]) -> io::Result<()> {
+    for made in rows.iter().filter(|made| !made.changes.is_empty()) {
+        if let Some(note) = &made.note {
+            writeln!(out, "-- {note}")?;
+        }
+        writeln!(out, "START TRANSACTION;")?;
+        for change in &made.changes {
+            writeln!(out, "{};", change.statement)?;
+        }
+        writeln!(out, "COMMIT;")?;
+    }
+    Ok(())
+}
