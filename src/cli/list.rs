@@ -10,6 +10,7 @@ use super::output::{self, Table, human};
 use super::{members, records_file};
 use crate::ops::list::{Chain, Entry, ListOptions, ListReport, list};
 use crate::store::names::resolve_all;
+use crate::store::record::StoreKind;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -113,6 +114,9 @@ fn write_stores(out: &mut dyn Write, report: &ListReport) -> io::Result<()> {
         match (&store.capabilities, store.initialised) {
             (Some(can), _) => writeln!(out, "{}: {kind}, {}", store.store, output::capabilities(can))?,
             (None, true) => writeln!(out, "{}: {kind}", store.store)?,
+            (None, false) if store.kind == StoreKind::Primary => {
+                writeln!(out, "{}: primary storage, which is only read", store.store)?;
+            }
             (None, false) => writeln!(out, "{}: not opted in, looks like {kind}", store.store)?,
         }
     }

@@ -7,6 +7,7 @@ use super::error::{CliError, Result};
 use super::settings::{Backing, Directories, StoreSettings};
 use crate::backend::posix::PosixStore;
 use crate::cloudstack::backing::Style;
+use crate::cloudstack::paths::Layout;
 use crate::cloudstack::prefix::StoreUrl;
 use crate::ids::StoreId;
 use crate::store::{Store, StoreConfig, StoreError, Stores};
@@ -28,7 +29,7 @@ pub fn configured(flags: &[String], settings: &[StoreSettings]) -> Result<Vec<St
     named.into_iter().map(|text| of_settings(&of_flag(text, settings)?)).collect()
 }
 
-/// Reads `DIR[,url=URL][,alias=PREFIX]...`; a directory that the configuration knows keeps what is said
+/// Reads `DIR[,url=URL][,alias=PREFIX][,layout=primary]...`; a directory that the configuration knows keeps what is said
 /// of it there.
 fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
     let (directory, rest) = text.split_once(',').map_or((text, None), |(dir, rest)| (dir, Some(rest)));
@@ -56,8 +57,13 @@ fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
         match option.split_once('=') {
             Some(("url", url)) => store.url = Some(url.to_owned()),
             Some(("alias", prefix)) => store.aliases.push(prefix.to_owned()),
+            Some(("layout", "primary")) => store.layout = Directories::Primary,
+            Some(("layout", "secondary")) => store.layout = Directories::Secondary,
             _ => {
-                let message = format!("--store {text:?}: {option:?} is neither url=URL nor alias=PREFIX");
+                let message = format!(
+                    "--store {text:?}: {option:?} is none of url=URL, alias=PREFIX, layout=primary or \
+                     layout=secondary"
+                );
                 return Err(CliError::usage(message));
             }
         }
@@ -72,10 +78,6 @@ fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
             None => CliError::usage("a store of the configuration has neither path nor url".to_owned()),
         });
     };
-    if store.layout == Directories::Primary {
-        let message = format!("{}: layout = \"primary\" is not supported yet", path.display());
-        return Err(CliError::unsupported(message));
-    }
     let path = absolute(path)?;
     let root = path
         .to_str()
@@ -96,7 +98,11 @@ fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
         Backing::Relative => Style::Relative,
         Backing::Keep => Style::Keep,
     };
-    Ok(StoreConfig { id, root: root.to_owned(), url, aliases: store.aliases.clone(), backing })
+    let layout = match store.layout {
+        Directories::Secondary => Layout::Secondary,
+        Directories::Primary => Layout::Primary,
+    };
+    Ok(StoreConfig { id, root: root.to_owned(), url, aliases: store.aliases.clone(), backing, layout })
 }
 
 fn no_export(url: &str) -> CliError {
@@ -126,6 +132,7 @@ pub fn open(configs: Vec<StoreConfig>) -> Result<Stores> {
 #[cfg(test)]
 mod tests {
     use super::{configured, of_flag};
+    use crate::cloudstack::paths::Layout;
     use crate::failure::{Code, Failure};
 
     #[test]
@@ -134,8 +141,19 @@ mod tests {
         let stores = configured(&[flag, "/mnt/other/".to_owned()], &[]).unwrap();
         assert_eq!((stores[0].id.as_str(), stores[0].root.as_str()), ("sec", "/mnt/sec"));
         assert!(stores[0].url.is_some());
+        assert_eq!(stores[0].layout, Layout::Secondary);
         assert_eq!(stores[0].aliases, ["/mnt/a", "/mnt/b"]);
         assert_eq!((stores[1].id.as_str(), stores[1].root.as_str()), ("other", "/mnt/other"));
+    }
+
+    #[test]
+    fn primary_storage_is_said_by_flag_or_configuration() {
+        let flagged = configured(&["/mnt/pool,layout=primary".to_owned()], &[]).unwrap();
+        let text = "[[stores]]\npath = \"/mnt/pool\"\nlayout = \"primary\"";
+        let settings = super::super::settings::Settings::parse(text).unwrap().stores;
+        for stores in [flagged, configured(&[], &settings).unwrap()] {
+            assert_eq!(stores[0].layout, Layout::Primary);
+        }
     }
 
     #[test]
@@ -143,6 +161,7 @@ mod tests {
         for (flag, code) in [
             (",url=nfs://a/b", Code::Usage),
             ("/mnt/a,colour=red", Code::Usage),
+            ("/mnt/a,layout=tertiary", Code::Usage),
             ("/mnt/a,url=ftp://x/y", Code::Usage),
             ("/mnt/a,alias=relative", Code::Usage),
             ("/mnt/a b", Code::Usage),

@@ -8,6 +8,10 @@
 //! | `template/tmpl/<account>/<template>/<file>` | a template, beside its `template.properties` |
 //! | `volumes/<account>/<volume>/<file>` | an uploaded or migrated volume |
 //!
+//! On primary storage, where snapshots that are not backed up stay, account and volume are missing:
+//! `snapshots/<uuid>`, `checkpoints/<uuid>`; and the row names the file by its absolute path on KVM hosts,
+//! `/mnt/<pool uuid>/snapshots/<uuid>`.
+//!
 //! The directory names are those of CloudStack's `TemplateConstants`, the suffix that of
 //! `ConvertSnapshotCommand`. Account, volume and template are numbers of database rows.
 
@@ -19,6 +23,16 @@ pub const SNAPSHOTS: &str = "snapshots";
 pub const CHECKPOINTS: &str = "checkpoints";
 /// What CloudStack appends to the name of a snapshot that it has flattened for a moment.
 pub const TEMPORARY_SUFFIX: &str = "_temp";
+
+/// Where a store keeps its snapshots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// Secondary storage: by account and volume.
+    #[default]
+    Secondary,
+    /// A pool of primary storage: all in one directory.
+    Primary,
+}
 
 /// Which of CloudStack's directories a path lies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -225,6 +225,11 @@ codes! {
         "The store was written by a newer qchain that asks older ones to keep off.",
         "An older program may undo what it does not know.",
         "Use the newer version; reading verbs still work.";
+    /// The store is primary storage.
+    PrimaryStorage = "primary-storage", Error,
+        "The store is a pool of primary storage (layout = \"primary\"), which qchain reads and never changes.",
+        "None; nothing was done.",
+        "Name the other stores alone, with --store.";
     /// A store of the zone is not configured or not there.
     StoreAbsent = "store-absent", Error,
         "A store that belongs to the zone is not configured or not present, so children on it cannot be ruled out.",

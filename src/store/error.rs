@@ -60,6 +60,12 @@ pub enum StoreError {
         /// Version known.
         known: u32,
     },
+    /// The store is primary storage.
+    #[error("{store} is primary storage, which is only read; name the other stores alone with --store")]
+    Primary {
+        /// The store.
+        store: String,
+    },
     /// `store.json` cannot be understood.
     #[error("{store}/.qchain/store.json is damaged: {detail}")]
     BadRecord {
@@ -128,6 +134,7 @@ impl Failure for StoreError {
             Self::Chain { source, .. } => source.kind(),
             Self::NotInitialised { .. }
             | Self::Newer { .. }
+            | Self::Primary { .. }
             | Self::BadRecord { .. }
             | Self::Absent { .. }
             | Self::Proof { .. } => Kind::Refused,
@@ -146,6 +153,7 @@ impl Failure for StoreError {
             Self::NotInitialised { .. } | Self::BadRecord { .. } => Code::NotInitialised,
             Self::Closed { .. } => Code::Io,
             Self::Newer { .. } => Code::NewerStore,
+            Self::Primary { .. } => Code::PrimaryStorage,
             Self::Absent { .. } => Code::StoreAbsent,
             Self::Busy { .. } => Code::StoreBusy,
             Self::Proof { .. } => Code::ProofFailed,

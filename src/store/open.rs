@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, BackendError, read_padded};
 use crate::cloudstack::backing::{StoreNames, Style};
+use crate::cloudstack::paths::Layout;
 use crate::cloudstack::prefix::StoreUrl;
 use crate::ids::{StoreId, StorePath};
 use crate::store::error::{Result, StoreError};
@@ -22,6 +23,8 @@ pub struct StoreConfig {
     pub aliases: Vec<String>,
     /// How backing names are written.
     pub backing: Style,
+    /// Where it keeps its snapshots. Primary storage is only read.
+    pub layout: Layout,
 }
 
 /// One store, opened.
@@ -44,6 +47,7 @@ impl Store {
             read => (read?, false),
         };
         let kind = match &record {
+            _ if config.layout == Layout::Primary => StoreKind::Primary,
             Some(record) => record.kind,
             None if StorePath::parse("snapshots").is_ok_and(|path| backend.stat(&path).is_ok()) => {
                 StoreKind::Cloudstack
@@ -90,8 +94,17 @@ impl Store {
         self.kind
     }
 
+    /// Refuses primary storage, which hypervisors alone change.
+    pub fn check_layout(&self) -> Result<()> {
+        match self.kind {
+            StoreKind::Primary => Err(StoreError::Primary { store: self.backend.describe() }),
+            StoreKind::Cloudstack | StoreKind::Plain => Ok(()),
+        }
+    }
+
     /// The record, if this program may change the store.
     pub fn writable_record(&self) -> Result<&StoreRecord> {
+        self.check_layout()?;
         let store = self.backend.describe();
         if self.closed {
             return Err(StoreError::Closed { store });

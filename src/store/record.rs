@@ -27,6 +27,9 @@ pub enum StoreKind {
     Cloudstack,
     /// Any tree of qcow2 files.
     Plain,
+    /// A pool of CloudStack's primary storage. The configuration says so, never `store.json`: it is only read.
+    #[serde(skip_deserializing)]
+    Primary,
 }
 
 impl StoreKind {
@@ -36,6 +39,7 @@ impl StoreKind {
         match self {
             Self::Cloudstack => "cloudstack",
             Self::Plain => "plain",
+            Self::Primary => "primary",
         }
     }
 }
@@ -110,8 +114,10 @@ mod tests {
         };
         assert_eq!(StoreRecord::decode(&record.encode()), Ok(record.clone()));
         let newer = String::from_utf8(record.encode()).unwrap().replacen('{', "{\"future\": [1],", 1);
-        assert_eq!(StoreRecord::decode(newer.as_bytes()), Ok(record));
+        assert_eq!(StoreRecord::decode(newer.as_bytes()), Ok(record.clone()));
         assert!(StoreRecord::decode(b"{}").is_err());
+        let primary = StoreRecord { kind: StoreKind::Primary, ..record };
+        assert!(StoreRecord::decode(&primary.encode()).is_err(), "primary storage is never opted in");
     }
 
     #[test]

@@ -198,15 +198,18 @@ impl Scan {
     }
 }
 
-/// Which volumes have checkpoint files: directory path by store.
+/// Which volumes have checkpoint files: directory path by store. On primary storage all volumes share one
+/// directory, so there each file speaks for itself only.
 struct Checkpoints(HashMap<Key, bool>);
 
 impl Checkpoints {
     fn read(stores: &Stores) -> Result<Self> {
         let mut volumes = HashMap::new();
         for (index, store) in stores.iter() {
+            let alone = store.kind() == StoreKind::Primary;
             for path in list::checkpoint_files(store)? {
-                volumes.insert(Key { store: index, path: path.parent() }, true);
+                let path = if alone { path } else { path.parent() };
+                volumes.insert(Key { store: index, path }, true);
             }
         }
         Ok(Self(volumes))
@@ -214,9 +217,8 @@ impl Checkpoints {
 
     /// Whether the volume of a snapshot has checkpoint files.
     fn has(&self, member: &Key) -> bool {
-        checkpoint_of(&member.path).is_some_and(|checkpoint| {
-            self.0.contains_key(&Key { store: member.store, path: checkpoint.parent() })
-        })
+        let of = |path| self.0.contains_key(&Key { store: member.store, path });
+        checkpoint_of(&member.path).is_some_and(|checkpoint| of(checkpoint.parent()) || of(checkpoint))
     }
 }
 

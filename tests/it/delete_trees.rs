@@ -262,6 +262,7 @@ fn open_zone(roots: &[&Path]) -> Stores {
             url: None,
             aliases: vec![alias.to_owned()],
             backing: qchain::cloudstack::backing::Style::Keep,
+            layout: qchain::cloudstack::paths::Layout::Secondary,
         };
         Store::open(config, Arc::new(PosixStore::open(root).unwrap())).unwrap()
     };

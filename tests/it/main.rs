@@ -28,6 +28,7 @@ mod merge_tamper;
 mod other_mount;
 mod power_cut;
 mod power_log;
+mod primary_cli;
 mod qcow2_check;
 mod qcow2_read;
 mod qemu_readers;

@@ -12,6 +12,8 @@ use crate::store::{Store, Stores};
 
 /// Where CloudStack keeps images, and how deep: `<area>/<account>/<volume or id>/<file>`.
 const AREAS: &[(&str, usize)] = &[("snapshots", 3), ("template/tmpl", 3), ("volumes", 3)];
+/// The same on primary storage: `snapshots/<file>`.
+const PRIMARY_AREAS: &[(&str, usize)] = &[("snapshots", 1)];
 /// How deep a plain store is looked through.
 const PLAIN_DEPTH: usize = 16;
 
@@ -26,6 +28,7 @@ pub fn members(
     let plain = [("", PLAIN_DEPTH)];
     let areas = match store.kind() {
         StoreKind::Cloudstack => AREAS,
+        StoreKind::Primary => PRIMARY_AREAS,
         StoreKind::Plain => &plain,
     };
     for (area, depth) in areas {
@@ -55,7 +58,7 @@ pub fn members(
                 }
                 _ => continue,
             }
-            if store.kind() == StoreKind::Cloudstack && !wanted(area, path.file_name()) {
+            if store.kind() != StoreKind::Plain && !wanted(area, path.file_name()) {
                 continue;
             }
             found.push(Key { store: index, path });
@@ -76,9 +79,10 @@ fn wanted(area: &str, name: &str) -> bool {
 /// All checkpoint files of a store.
 pub fn checkpoint_files(store: &Store) -> Result<Vec<StorePath>> {
     let Ok(root) = StorePath::parse("checkpoints") else { return Ok(Vec::new()) };
-    let entries = walk(store, &root, 3)?.into_iter();
+    let depth = if store.kind() == StoreKind::Primary { 1 } else { 3 };
+    let entries = walk(store, &root, depth)?.into_iter();
     let files = entries.filter(|entry| entry.kind == FileKind::File).filter_map(|entry| entry.path.ok());
-    Ok(files.filter(|path| path.components().count() == 4).collect())
+    Ok(files.filter(|path| path.components().count() == 1 + depth).collect())
 }
 
 /// Walks a directory that may be missing; what vanishes meanwhile is as if it had not been there.

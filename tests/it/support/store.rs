@@ -57,6 +57,7 @@ pub fn open_with(root: &Path, backend: Arc<dyn Backend>) -> Stores {
         url: None,
         aliases: Vec::new(),
         backing: qchain::cloudstack::backing::Style::Relative,
+        layout: qchain::cloudstack::paths::Layout::Secondary,
     };
     Stores::new(vec![Store::open(config, backend).unwrap()]).unwrap()
 }

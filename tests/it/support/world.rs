@@ -11,6 +11,9 @@ use tempfile::TempDir;
 
 use super::qemu::{io, must, text};
 
+/// Where hosts mount the pool of [`World::pool`].
+pub const MOUNT: &str = "/mnt/5a2f7c80-0000-3000-8000-000000000001";
+
 /// A store of CloudStack's layout, and a home for the caches.
 pub struct World {
     /// Removed at the end.
@@ -57,6 +60,32 @@ impl World {
         world.make("c", "b", &["write -P 3 5M 128k", "write -c -P 4 6M 64k"]);
         world.make("d", "b", &[]);
         world
+    }
+
+    /// A pool of primary storage: a <- b, and one alone, which has no checkpoint file; and a volume in use, which is
+    /// no business of qchain's.
+    pub fn pool(&self) -> PathBuf {
+        let pool = self.directory.path().join("pool");
+        fs::create_dir_all(pool.join("snapshots")).unwrap();
+        fs::create_dir_all(pool.join("checkpoints")).unwrap();
+        let create = |name: &str, below: Option<&str>| {
+            let below = below.map(|name| format!("{MOUNT}/snapshots/{name}"));
+            let mut call = vec!["create", "-q", "-f", "qcow2"];
+            if let Some(below) = &below {
+                call.extend(["-u", "-F", "qcow2", "-b", below]);
+            }
+            let path = pool.join("snapshots").join(name);
+            must("qemu-img", &[&call[..], &[text(&path), "10M"]].concat());
+        };
+        create("a", None);
+        create("b", Some("a"));
+        create("alone", None);
+        for (name, parent) in [("a", ""), ("b", "<parent><name>a</name></parent>")] {
+            let xml = format!("<domaincheckpoint><name>{name}</name>{parent}</domaincheckpoint>");
+            fs::write(pool.join("checkpoints").join(name), xml).unwrap();
+        }
+        must("qemu-img", &["create", "-q", "-f", "qcow2", text(&pool.join("volume")), "10M"]);
+        pool
     }
 
     /// Runs the program with `--json` on the store; its exit code and the document.

@@ -182,6 +182,7 @@ fn stores(world: &Arc<World>, life: Life) -> Result<Stores> {
         url: None,
         aliases: Vec::new(),
         backing: Style::Relative,
+        layout: qchain::cloudstack::paths::Layout::Secondary,
     };
     let backend: Arc<dyn Backend> = Arc::new(Shared::new(world, life));
     Ok(Stores::new(vec![Store::open(config, backend)?])?.with_readers(1))

@@ -81,7 +81,7 @@ pub struct Layout(pub StoreKind);
 impl Layout {
     pub fn member(self, name: &str) -> StorePath {
         match self.0 {
-            StoreKind::Plain => path(name),
+            StoreKind::Plain | StoreKind::Primary => path(name),
             StoreKind::Cloudstack => path(&format!("snapshots/2/7/{name}")),
         }
     }
