@@ -179,7 +179,7 @@ impl Context {
 }
 
 /// The time, in nanoseconds since 1970.
-fn now_ns() -> i128 {
+pub fn now_ns() -> i128 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i128::try_from(now.as_nanos()).unwrap_or(i128::MAX)
 }

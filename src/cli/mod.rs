@@ -7,6 +7,7 @@
 //! With `--json` standard output is one JSON document and nothing else, a failure too. Progress and logs go
 //! to standard error.
 
+mod audit;
 mod bar;
 mod cache;
 mod config;
@@ -102,6 +103,8 @@ enum Command {
     Digest(digest::Args),
     /// Check members for damage
     Verify(verify::Args),
+    /// Hold files against headers, checkpoint files and CloudStack's rows
+    Audit(audit::Args),
     /// Delete members: merge each into its children, or remove a tip
     Delete(delete::Args),
     /// Give back the space of deleted snapshots that CloudStack keeps for their children
@@ -134,6 +137,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Map(args) => map::run(&context()?, args),
         Command::Digest(args) => digest::run(&context()?, args),
         Command::Verify(args) => verify::run(&context()?, args),
+        Command::Audit(args) => audit::run(&context()?, args),
         Command::Delete(args) => {
             metrics::run(context(), "delete", &args.metrics, args.changes(), |context| {
                 delete::run(context, args)

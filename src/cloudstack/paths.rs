@@ -103,8 +103,30 @@ pub enum NameKind {
     Foreign,
 }
 
-/// Extensions of other hypervisors' snapshot files, lower case.
-const FOREIGN: [&str; 8] = ["vhd", "vhdx", "vmdk", "ova", "ovf", "vmsd", "vmsn", "mf"];
+/// Extensions of other hypervisors' snapshot files, lower case, and whose they are.
+const FOREIGN: [(&str, &str); 8] = [
+    ("vhd", XENSERVER),
+    ("vhdx", "Hyper-V"),
+    ("vmdk", VMWARE),
+    ("ova", VMWARE),
+    ("ovf", VMWARE),
+    ("vmsd", VMWARE),
+    ("vmsn", VMWARE),
+    ("mf", VMWARE),
+];
+
+/// Whose snapshots are single files with an extension.
+const XENSERVER: &str = "XenServer";
+/// Whose snapshots are directories of files.
+pub const VMWARE: &str = "VMware";
+
+/// Which other hypervisor a file is one of, by its extension.
+#[must_use]
+pub fn foreign_hypervisor(file: &str) -> Option<&'static str> {
+    let (_, extension) = file.rsplit_once('.')?;
+    let of = FOREIGN.iter().find(|(foreign, _)| extension.eq_ignore_ascii_case(foreign));
+    of.map(|(_, hypervisor)| *hypervisor)
+}
 
 /// What a file name says.
 #[must_use]
@@ -112,11 +134,18 @@ pub fn name_kind(file: &str) -> NameKind {
     if file.strip_suffix(TEMPORARY_SUFFIX).is_some_and(is_uuid) {
         return NameKind::Temporary;
     }
-    let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
-    if FOREIGN.iter().any(|foreign| extension.eq_ignore_ascii_case(foreign)) {
-        return NameKind::Foreign;
-    }
-    NameKind::Plain
+    if foreign_hypervisor(file).is_some() { NameKind::Foreign } else { NameKind::Plain }
+}
+
+/// Takes the absolute install path of a snapshot on primary storage apart: the pool's mount on KVM hosts, and the
+/// path below it. `None` for a path of another form.
+#[must_use]
+pub fn primary_path(install_path: &str) -> Option<(&str, StorePath)> {
+    let (directory, file) = install_path.strip_prefix('/')?.rsplit_once('/')?;
+    let mount = directory.strip_suffix(SNAPSHOTS)?;
+    let path = StorePath::parse(&format!("{SNAPSHOTS}/{file}")).ok()?;
+    // The leading slash again, without the trailing one.
+    install_path.get(..mount.len()).filter(|_| mount.ends_with('/')).map(|mount| (mount, path))
 }
 
 /// The checkpoint file that belongs to a snapshot: the same path under `checkpoints/`. Also for primary
@@ -155,7 +184,10 @@ fn number(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Area, InstallPath, NameKind, checkpoint_of, is_uuid, name_kind, snapshot_of};
+    use super::{
+        Area, InstallPath, NameKind, checkpoint_of, foreign_hypervisor, is_uuid, name_kind, primary_path,
+        snapshot_of,
+    };
     use crate::ids::StorePath;
 
     const UUID: &str = "908a9b1c-7c2f-4f0e-9a57-3d7d0a6c11ab";
@@ -229,5 +261,25 @@ mod tests {
             assert_eq!(checkpoint_of(&checkpoint), None);
         }
         assert_eq!(checkpoint_of(&path("snapshots")), None);
+    }
+
+    #[test]
+    fn paths_on_primary_storage() {
+        let mount = "/mnt/5a2f7c80-0000-3000-8000-000000000001";
+        let whole = format!("{mount}/snapshots/{UUID}");
+        let (found, below) = primary_path(&whole).unwrap();
+        assert_eq!((found, below), (mount, path(&format!("snapshots/{UUID}"))));
+        for other in ["snapshots/2/7/x", "/mnt/pool/x", "/mnt/pool/mysnapshots/x", "/snapshots/x", ""] {
+            assert_eq!(primary_path(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn extensions_tell_the_hypervisor() {
+        for (name, hypervisor) in
+            [("a.vhd", Some("XenServer")), ("a.VMDK", Some("VMware")), ("a.qcow2", None), (UUID, None)]
+        {
+            assert_eq!(foreign_hypervisor(name), hypervisor, "{name}");
+        }
     }
 }

@@ -405,6 +405,66 @@ codes! {
         "CloudStack's records name a file that is not on the store.",
         "The snapshot cannot be restored.",
         "See whether another store has it.";
+    /// A file that no row names.
+    OrphanFile = "orphan-file", Warning,
+        "No row of CloudStack names the file, and it has been left alone for some hours.",
+        "It takes space. Rows that are older than the file, or of other stores only, do not know it either.",
+        "Export the rows again; if there is still none, nothing of CloudStack's will remove the file: do it by hand.";
+    /// A file of a flatten that was left behind.
+    LeakedTemporary = "leaked-temporary", Warning,
+        "A flattened copy that CloudStack made for a moment is still there.",
+        "It takes as much space as a full image.",
+        "Remove it, if no download or new volume still reads it.";
+    /// A checkpoint file without its snapshot.
+    OrphanCheckpoint = "orphan-checkpoint", Warning,
+        "A checkpoint file has no snapshot of its name.",
+        "None by itself; as long as it is there, increments of its volume count as still being made until they have theirs.",
+        "Remove it, if no other checkpoint file names it as parent.";
+    /// A checkpoint file that libvirt would refuse.
+    CheckpointRefused = "checkpoint-refused", Warning,
+        "A checkpoint file names a parent that has no checkpoint file, so libvirt refuses to define it.",
+        "The next increment of that volume fails, or begins a new chain.",
+        "Find out who removed the parent; end the chain in CloudStack, or correct the name.";
+    /// A checkpoint file that a row names is missing.
+    CheckpointMissing = "checkpoint-missing", Warning,
+        "CloudStack's row names a checkpoint file, and there is none.",
+        "The next increment of that volume fails, or begins a new chain.",
+        "Restore the file from a copy, or end the chain in CloudStack.";
+    /// The row's length of the file is another.
+    FileSizeDisagrees = "file-size-disagrees", Info,
+        "The file's length is not the physical size in CloudStack's row.",
+        "Sizes shown to users and counted for usage are wrong; the snapshot reads right.",
+        "Nothing, or qchain reclaim with --rows; a merge changes the length.";
+    /// The row's size of the disk is another.
+    DiskSizeDisagrees = "disk-size-disagrees", Warning,
+        "The image's virtual size is not the size in CloudStack's row.",
+        "A volume made from the snapshot may be too small, or quotas wrong.",
+        "Find out which of both is right.";
+    /// The row's parent is another.
+    ParentDisagrees = "parent-disagrees", Warning,
+        "CloudStack's row and the image's header name different parents.",
+        "CloudStack may delete a file that is still read, or keep one for nobody.",
+        "Trust the header for reading; find out what moved or rebased the file.";
+    /// Space that a deleted member holds.
+    HiddenBytes = "hidden-bytes", Info,
+        "The user deleted the snapshot, and its file keeps its size for those that build on it.",
+        "None but the space.",
+        "Run qchain reclaim.";
+    /// A deleted member that nobody builds on.
+    HiddenTip = "hidden-tip", Warning,
+        "CloudStack hides the snapshot, which nobody builds on any more, and did not remove its file.",
+        "It takes space, and nothing of CloudStack's removes it.",
+        "Remove it with qchain delete --records FILE --end-of-chain.";
+    /// A destroyed snapshot whose file is still there.
+    DestroyedFile = "destroyed-file", Warning,
+        "By its row the snapshot is Destroyed, and its file is still there.",
+        "It takes space; what builds on it would be lost if somebody removed it by hand.",
+        "Remove it with qchain delete --records FILE, which looks after what builds on it.";
+    /// Files of other hypervisors.
+    ForeignFiles = "foreign-files", Info,
+        "The store has snapshots of other hypervisors than KVM. They were counted and not opened.",
+        "None.",
+        "Nothing.";
     /// Input or output failed.
     Io = "io", Error,
         "Reading or writing failed.",

@@ -1,16 +1,21 @@
 //! CloudStack's rows by the files that they name.
+//!
+//! Rows of primary storage count only where a store of that layout is at hand. Their paths are absolute: the pool's
+//! mount on KVM hosts, which is an alias of the store, and the path below it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::chain::graph::Key;
+use crate::cloudstack::paths::primary_path;
 use crate::cloudstack::prefix::StoreUrl;
 use crate::cloudstack::records::{Records, RefState, Row};
 use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::store::Stores;
+use crate::store::record::StoreKind;
 use crate::store::scan::{Finding, Scan};
 
-/// Rows of KVM snapshots on image stores, by file, by snapshot and by parent.
+/// Rows of KVM snapshots, by file, by snapshot and by parent.
 #[derive(Debug)]
 pub struct RowMap<'a> {
     by_key: HashMap<Key, Vec<&'a Row>>,
@@ -33,16 +38,24 @@ impl<'a> RowMap<'a> {
         };
         let mut urls: BTreeMap<Option<&str>, Option<usize>> = BTreeMap::new();
         let mut unknown: BTreeSet<&str> = BTreeSet::new();
-        for row in records.rows().iter().filter(|row| is_ours(row)) {
+        let primary = stores.iter().any(|(_, store)| store.kind() == StoreKind::Primary);
+        for row in records.rows().iter().filter(|row| is_ours(row, primary)) {
             if let Some(parent) = row.parent_snapshot_id {
                 map.by_parent.entry(parent).or_default().push(row);
             }
             let Some(path) = row.install_path.as_deref() else { continue };
-            // An absolute path is one on primary storage.
-            let Ok(path) = StorePath::parse(path) else { continue };
-            let url = row.store_url.as_deref();
-            let store = *urls.entry(url).or_insert_with(|| store_of(stores, url));
-            let store = store.or_else(|| only_with(stores, scan, &path));
+            let (path, store) = if row.store_role == PRIMARY {
+                let Some((mount, path)) = primary_path(path) else { continue };
+                let store = mounted_at(stores, mount);
+                let store = store.or_else(|| only_with(stores, scan, &path, true));
+                (path, store)
+            } else {
+                let Ok(path) = StorePath::parse(path) else { continue };
+                let url = row.store_url.as_deref();
+                let store = *urls.entry(url).or_insert_with(|| store_of(stores, url));
+                let store = store.or_else(|| only_with(stores, scan, &path, false));
+                (path, store)
+            };
             let Some(store) = store else {
                 if unknown.insert(row.store_uuid.as_deref().unwrap_or_default()) {
                     map.findings.push(unknown_store(row));
@@ -92,22 +105,40 @@ impl<'a> RowMap<'a> {
     }
 }
 
-/// Whether a row is about a KVM snapshot on an image store.
-fn is_ours(row: &Row) -> bool {
-    row.store_role == "Image" && row.hypervisor_type.as_deref().is_none_or(|kind| kind == "KVM")
+/// The role of image stores in rows.
+const IMAGE: &str = "Image";
+/// The role of primary storage in rows.
+const PRIMARY: &str = "Primary";
+
+/// Whether a row is about a KVM snapshot on an image store, or with `primary` on primary storage.
+fn is_ours(row: &Row, primary: bool) -> bool {
+    let role = row.store_role == IMAGE || primary && row.store_role == PRIMARY;
+    role && row.hypervisor_type.as_deref().is_none_or(|kind| kind == "KVM")
 }
 
 fn store_of(stores: &Stores, url: Option<&str>) -> Option<usize> {
     let theirs = StoreUrl::parse(url?).ok()?;
     let same = |ours: &StoreUrl| ours.same_export(&theirs);
-    stores.iter().find(|(_, store)| store.config().url.as_ref().is_some_and(same)).map(|(index, _)| index)
+    let secondary = stores.iter().filter(|(_, store)| store.kind() != StoreKind::Primary);
+    let mut fitting = secondary.filter(|(_, store)| store.config().url.as_ref().is_some_and(same));
+    fitting.next().map(|(index, _)| index)
 }
 
-fn only_with(stores: &Stores, scan: &Scan, path: &StorePath) -> Option<usize> {
+/// The primary storage that hosts mount there.
+fn mounted_at(stores: &Stores, mount: &str) -> Option<usize> {
+    let mut primary = stores.iter().filter(|(_, store)| store.kind() == StoreKind::Primary);
+    let is = |text: &String| text.trim_end_matches('/') == mount;
+    let found = primary.find(|(_, store)| is(&store.config().root) || store.config().aliases.iter().any(is));
+    found.map(|(index, _)| index)
+}
+
+/// The one store without a known URL, or of primary storage, that has that file.
+fn only_with(stores: &Stores, scan: &Scan, path: &StorePath, primary: bool) -> Option<usize> {
     let key = |store: usize| Key { store, path: path.clone() };
     let mut fitting = stores
         .iter()
-        .filter(|(_, store)| store.config().url.is_none())
+        .filter(|(_, store)| (store.kind() == StoreKind::Primary) == primary)
+        .filter(|(_, store)| primary || store.config().url.is_none())
         .map(|(index, _)| index)
         .filter(|index| scan.graph.find(&key(*index)).is_some());
     let first = fitting.next()?;
@@ -117,6 +148,7 @@ fn only_with(stores: &Stores, scan: &Scan, path: &StorePath) -> Option<usize> {
 fn unknown_store(row: &Row) -> Finding {
     let member = row.store_uuid.clone().unwrap_or_default();
     let url = row.store_url.as_deref().unwrap_or("no URL");
-    let message = format!("CloudStack's rows name this image store ({url}), and no configured store is it");
+    let what = if row.store_role == PRIMARY { "primary storage" } else { "image store" };
+    let message = format!("CloudStack's rows name this {what} ({url}), and no configured store is it");
     Finding { member, code: Code::UnknownStore, message }
 }

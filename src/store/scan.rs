@@ -5,6 +5,7 @@
 
 mod assemble;
 mod list;
+pub mod survey;
 
 use std::collections::HashMap;
 

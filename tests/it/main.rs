@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers outside of #[test] functions fail a test by panicking, too")]
 
+mod audit_cli;
 mod change_cli;
 mod change_cost;
 mod cli_read;

@@ -86,7 +86,7 @@ pub fn checkpoint_files(store: &Store) -> Result<Vec<StorePath>> {
 }
 
 /// Walks a directory that may be missing; what vanishes meanwhile is as if it had not been there.
-fn walk(store: &Store, root: &StorePath, depth: usize) -> Result<Vec<WalkEntry>> {
+pub fn walk(store: &Store, root: &StorePath, depth: usize) -> Result<Vec<WalkEntry>> {
     let own = |path: &StorePath| [OWN_DIRECTORY, BESIDE_DIRECTORY].contains(&path.file_name());
     let mut entries = Vec::new();
     for entry in store.backend().walk(root, depth, &own) {
