@@ -1,10 +1,13 @@
 //! `qchain config check`: what is understood of the configuration.
 
+use std::io::{self, Write};
+
 use serde::Serialize;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::settings::Settings;
+use super::output::human;
+use super::settings::{Policy, Settings};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -54,8 +57,9 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
             Some(file) => writeln!(out, "# {file}, with all defaults")?,
             None => writeln!(out, "# there is no configuration file; these are the defaults")?,
         }
-        let text = toml::to_string(&context.settings).map_err(std::io::Error::other)?;
+        let text = toml::to_string(&context.settings).map_err(io::Error::other)?;
         out.write_all(text.as_bytes())?;
+        write_policy(out, &context.settings.policy)?;
         for store in &understood.stores {
             writeln!(out, "# store {} at {}; backing names may begin with:", store.id, store.path)?;
             for prefix in &store.prefixes {
@@ -65,4 +69,29 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         Ok(())
     })?;
     Ok(Exit::DONE)
+}
+
+/// What the policy means, in words.
+fn write_policy(out: &mut dyn Write, policy: &Policy) -> io::Result<()> {
+    let Policy { max_length, max_base_age, max_pinned_bytes } = policy;
+    let mut warns = Vec::new();
+    if *max_length > 0 {
+        warns.push(format!("chains of more than {max_length} members (chain-too-long)"));
+    }
+    if !max_base_age.0.is_zero() {
+        let age = humantime::format_duration(max_base_age.0);
+        warns.push(format!("full bases older than {age} (base-too-old)"));
+    }
+    if max_pinned_bytes.0 > 0 {
+        let held = human(max_pinned_bytes.0);
+        warns.push(format!("chains whose deleted members hold more than {held} (pinned-bytes)"));
+    }
+    if warns.is_empty() {
+        return writeln!(
+            out,
+            "# policy: none; qchain audit warns of no chain for its length, age or held space"
+        );
+    }
+    writeln!(out, "# policy: qchain audit warns of")?;
+    warns.iter().try_for_each(|warning| writeln!(out, "#   {warning}"))
 }

@@ -103,7 +103,7 @@ enum Command {
     Digest(digest::Args),
     /// Check members for damage
     Verify(verify::Args),
-    /// Hold files against headers, checkpoint files and CloudStack's rows
+    /// Hold files against headers, checkpoint files, CloudStack's rows and the policy
     Audit(audit::Args),
     /// Delete members: merge each into its children, or remove a tip
     Delete(delete::Args),

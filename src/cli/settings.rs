@@ -18,6 +18,8 @@ pub struct Settings {
     pub safety: Safety,
     /// `[limits]`
     pub limits: Limits,
+    /// `[policy]`
+    pub policy: Policy,
     /// `[server]`
     pub server: Server,
     /// `[zones.NAME]`
@@ -136,6 +138,27 @@ impl Default for Limits {
     }
 }
 
+/// `[policy]`: how chains should be; `audit` tells which are not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[expect(clippy::struct_field_names, reason = "they are the keys of the configuration")]
+pub struct Policy {
+    /// The most members of a chain, its full base among them; 0 for no limit.
+    pub max_length: usize,
+    /// How old the full base of a chain may be; 0 for no limit.
+    pub max_base_age: Span,
+    /// The most bytes that deleted members of a chain hold; 0 for no limit.
+    pub max_pinned_bytes: Size,
+}
+
+impl Default for Policy {
+    /// CloudStack's own limit (`snapshot.delta.max`) is 16, often raised; QEMU's is some 900 members. Between the
+    /// two: whoever raised the first is warned long before the second.
+    fn default() -> Self {
+        Self { max_length: 64, max_base_age: Span(Duration::ZERO), max_pinned_bytes: Size(0) }
+    }
+}
+
 /// `[server]`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -174,6 +197,10 @@ pub struct Span(pub Duration);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grace(pub Option<Duration>);
 
+/// Bytes as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
 /// Bytes a second as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate(pub u64);
@@ -201,6 +228,18 @@ impl<'de> Deserialize<'de> for Grace {
 impl<'de> Deserialize<'de> for Rate {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         text(from, values::rate).map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from, values::size).map(Self)
+    }
+}
+
+impl Serialize for Size {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{}B", self.0))
     }
 }
 
@@ -255,6 +294,10 @@ mod tests {
         [limits]
         jobs = 4
         rate = "0"
+        [policy]
+        max_length = 64
+        max_base_age = "0"
+        max_pinned_bytes = "0"
         [server]
         listen = "127.0.0.1:7420"
         tokens = "/etc/qchain/tokens"
@@ -272,6 +315,7 @@ mod tests {
         assert_eq!(settings.safety.retention.0, Duration::from_hours(24));
         assert_eq!(settings.safety.reader_grace, Grace(None));
         assert_eq!(settings.safety.in_place, InPlace::Auto);
+        assert_eq!(settings.policy, super::Policy::default());
         // What `config check` prints can be read again.
         let printed = toml::to_string(&settings).unwrap();
         assert!(Settings::parse(&printed).is_ok(), "{printed}");
@@ -279,8 +323,13 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_bad_values_are_errors() {
-        for bad in ["[safety]\nsettel = \"2m\"", "[other]", "[safety]\nsettle = 5", "[limits]\nrate = \"x\""]
-        {
+        for bad in [
+            "[safety]\nsettel = \"2m\"",
+            "[other]",
+            "[safety]\nsettle = 5",
+            "[limits]\nrate = \"x\"",
+            "[policy]\nmax_len = 3",
+        ] {
             assert!(Settings::parse(bad).is_err(), "{bad}");
         }
         assert!(Settings::parse("").is_ok());

@@ -465,6 +465,21 @@ codes! {
         "The store has snapshots of other hypervisors than KVM. They were counted and not opened.",
         "None.",
         "Nothing.";
+    /// A chain longer than the policy.
+    ChainTooLong = "chain-too-long", Warning,
+        "A chain has more members than [policy] max_length allows.",
+        "Each member costs every reader a file; QEMU cannot open a chain of some 900 members.",
+        "Delete members that are no longer needed, run qchain reclaim, or end the chain in CloudStack.";
+    /// A base older than the policy.
+    BaseTooOld = "base-too-old", Warning,
+        "The full base of a chain is older than [policy] max_base_age allows.",
+        "All snapshots of the chain depend on that one old file.",
+        "End the chain in CloudStack, so that the next snapshot is a full one.";
+    /// More held bytes than the policy.
+    PinnedBytes = "pinned-bytes", Warning,
+        "Deleted members of a chain hold more bytes than [policy] max_pinned_bytes allows.",
+        "None but the space.",
+        "Run qchain reclaim.";
     /// Input or output failed.
     Io = "io", Error,
         "Reading or writing failed.",

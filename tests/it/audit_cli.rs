@@ -376,6 +376,53 @@ fn what_the_scan_finds_is_told_and_other_hypervisors_are_counted() {
 }
 
 #[test]
+fn chains_against_the_policy() {
+    let world = World::new();
+    for (name, below) in [("a", ""), ("b", "a"), ("c", "b"), ("d", "b")] {
+        world.make(name, below, &["write -P 1 0 1M"]);
+    }
+    world.age();
+    let rows = [
+        Row { created: "2025-06-01 00:00:00", ..Row::new(1, "a", 0) },
+        Row::new(2, "b", 1).state("Hidden"),
+        Row::new(3, "c", 2),
+        Row::new(4, "d", 2),
+    ];
+    let export = world.export(&rows);
+    let config = world.directory.path().join("qchain.toml");
+    let audit = |policy: &str, records: bool| {
+        fs::write(&config, format!("[policy]\n{policy}\n")).unwrap();
+        let records: &[&str] = if records { &["--records", &export] } else { &[] };
+        let call: Vec<&str> = ["--config", text(&config)].iter().chain(records).copied().collect();
+        world.audit(&call)
+    };
+    let held = [("hidden-bytes", "b")];
+    assert_eq!(audit("", true).0, pairs(&held));
+    assert_eq!(audit("max_length = 3", false).0, []);
+    assert_eq!(audit("max_length = 2", false).0, pairs(&[("chain-too-long", "c")]));
+    // Without its row the base is as old as its file.
+    assert_eq!(audit("max_base_age = \"7d\"", false).0, []);
+    assert_eq!(audit("max_base_age = \"12h\"", false).0, pairs(&[("base-too-old", "a")]));
+    assert_eq!(audit("max_base_age = \"7d\"", true).0, pairs(&[held[0], ("base-too-old", "a")]));
+    assert_eq!(audit("max_pinned_bytes = \"64MiB\"", true).0, pairs(&held));
+    let (found, document) = audit("max_pinned_bytes = \"64KiB\"", true);
+    assert_eq!(found, pairs(&[held[0], ("pinned-bytes", "a")]));
+    assert_eq!(finding(&document, "pinned-bytes")["bytes"], allocated(&world.member("b")));
+    fs::write(&config, "[policy]\nmax_lenght = 3\n").unwrap();
+    assert_eq!(world.fails(&["audit", "--config", text(&config)]), (2, "usage".to_owned()));
+    // `config check` says what the policy is, and reads what it prints.
+    fs::write(&config, "[policy]\nmax_length = 24\nmax_base_age = \"90d\"\nmax_pinned_bytes = \"2GiB\"\n")
+        .unwrap();
+    let said = must(env!("CARGO_BIN_EXE_qchain"), &["--config", text(&config), "config", "check"]);
+    for part in ["more than 24 members", "older than 2months 29days", "more than 2.0 GiB"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    fs::write(&config, said).unwrap();
+    let document = world.run(&["--config", text(&config), "config", "check"]).1;
+    assert_eq!(document["config"]["policy"]["max_pinned_bytes"], format!("{}B", 2_u64 << 30), "{document}");
+}
+
+#[test]
 fn rows_of_primary_storage() {
     let world = World::new();
     let pool = world.pool();

@@ -1,11 +1,12 @@
-//! `audit`: what lies on the stores against headers, checkpoint files, CloudStack's rows. Writes
+//! `audit`: what lies on the stores against headers, checkpoint files, CloudStack's rows and the policy. Writes
 //! nothing, and needs no store to be opted in.
 //!
 //! The scan's own findings come first (missing parents, unknown prefixes, cycles, images that cannot be read), then
-//! files and rows, each in the order of the stores' paths.
+//! files, rows, policy, each in the order of the stores' paths.
 
 mod files;
 mod ground;
+mod policy;
 mod rows;
 mod totals;
 
@@ -20,6 +21,7 @@ use crate::store::Stores;
 use crate::store::scan::survey::Survey;
 use crate::store::scan::{Finding, Scan};
 use ground::Ground;
+pub use policy::Policy;
 pub use totals::{ChainTotal, Owner, OwnerTotal, Sum, Totals};
 
 /// What to hold the stores against.
@@ -27,6 +29,8 @@ pub use totals::{ChainTotal, Owner, OwnerTotal, Sum, Totals};
 pub struct AuditOptions<'a> {
     /// CloudStack's rows.
     pub records: Option<&'a Records>,
+    /// How chains should be.
+    pub policy: Policy,
     /// The time, nanoseconds since 1970.
     pub now_ns: i128,
     /// How long a file must have been left alone to count as left behind, in nanoseconds.
@@ -95,5 +99,6 @@ pub fn audit(
     let mut findings: Vec<AuditFinding> = scan.findings.iter().cloned().map(AuditFinding::from).collect();
     findings.extend(files::check(&ground, &survey));
     findings.extend(rows::check(&ground));
+    findings.extend(policy::check(&ground));
     Ok(AuditReport { findings, totals: totals::sum(&ground) })
 }
