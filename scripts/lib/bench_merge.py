@@ -12,6 +12,12 @@ from bench_common import describe, drop_caches, machine, measured, save
 
 CONTESTANTS = ["qchain", "rebase", "commit"]
 
+# What waits for a server on a network mount, whoever calls it.
+REMOTE_CALLS = (
+    "read,pread64,preadv,preadv2,write,pwrite64,pwritev,pwritev2,copy_file_range,openat,openat2,newfstatat,statx,getdents64,"
+    "fsync,fdatasync,ftruncate,fallocate,linkat,rename,renameat,renameat2,unlink,unlinkat"
+)
+
 
 class Bench:
     def __init__(self, options, pattern):
@@ -64,6 +70,10 @@ class Bench:
             "rebase": [["qemu-img", "rebase", "-f", "qcow2", "-F", "qcow2", "-b", os.path.basename(base), survivor], ["rm", deleted]],
             "commit": [["qemu-img", "commit", "-q", "-d", "-f", "qcow2", survivor], ["mv", deleted, survivor]],
         }[contestant]
+        if self.options.latency:
+            delay = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={REMOTE_CALLS}"]
+            delay += ["-e", f"inject={REMOTE_CALLS}:delay_exit={self.options.latency * 1000}"]
+            commands = [[*delay, *command] for command in commands]
         drop_caches()
         seconds, peak, output = measured(commands, synced=self.store)
         facts = {"pattern": self.pattern, "contestant": contestant, "seconds": seconds, "peak_bytes": peak}
@@ -110,11 +120,14 @@ def main():
     for name in ("qchain", "mount", "cache", "fs", "restore", "json", "command"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--pairs", type=int, required=True)
+    parser.add_argument("--latency", type=int, default=0)
     parser.add_argument("patterns", nargs="+")
     options = parser.parse_args()
 
     facts = machine()
     describe(facts)
+    if options.latency:
+        print(f"every call of a file takes {options.latency} ms more, for all contestants alike (injected by strace, whose own cost is in the times)")
     came = "plain copies" if options.restore == "copy" else "reflinks of the kept chain"
     print(
         f"base 2 GiB <- P 2 GiB <- C 0.5 GiB, 8 GiB virtual, 64 KiB clusters; P is deleted. {options.fs} on a loop device; the chain "
