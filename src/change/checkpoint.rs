@@ -173,7 +173,7 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
             write(at, &temporary, &new, old.as_ref())?;
             temporary
         };
-        if exchange(at, decided, &from, path, &edit.kept, &bytes)? {
+        if exchange(at, decided, &from, path, &edit.kept, (&bytes, &mark))? {
             return Ok(true);
         }
     }
@@ -202,7 +202,7 @@ fn exchange(
     from: &StorePath,
     path: &StorePath,
     kept: &StorePath,
-    read: &[u8],
+    (read, mark): (&[u8], &Mark),
 ) -> Result<bool> {
     let unchanged = |name: &StorePath| -> Result<bool> {
         match at.backend.open(name) {
@@ -229,6 +229,11 @@ fn exchange(
             Ok(false)
         }
         Err(error) if error.is_unsupported() => {
+            // The last look is one at the name: a file that was put there meanwhile would be gone for good.
+            if stat(at, path)?.is_none_or(|now| !mark.is(&now)) {
+                release(at, from)?;
+                return Ok(false);
+            }
             take_name(at.backend, from, path).map_err(at.failed("publish"))?;
             // Written into at that very moment: the next attempt starts from what was written.
             if stat(at, kept)?.is_some() && (!unchanged(kept)? || decided.is_undone()?) {

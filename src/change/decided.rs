@@ -24,7 +24,9 @@ pub struct Decided<'s> {
     pub(super) since_ns: i64,
     pub(super) commit: Commit,
     /// Kept for as long as it is worked on.
-    _lease: Option<Lease>,
+    lease: Option<Lease>,
+    /// Whether its claim is known to be durable.
+    lasts: AtomicBool,
     /// Whether this process has made the published names durable.
     synced: AtomicBool,
     grown: Mutex<Vec<Grown>>,
@@ -59,13 +61,40 @@ impl<'s> Decided<'s> {
                 name,
                 since_ns: claim.decided_ns,
                 commit,
-                _lease: lease,
+                lease,
+                lasts: AtomicBool::new(false),
                 synced: AtomicBool::new(false),
                 grown: Mutex::default(),
                 locks: Mutex::default(),
             }),
             Decision::Abort => None,
         }
+    }
+
+    /// Its claim was just made durable.
+    pub(super) fn lasting(self) -> Self {
+        self.lasts.store(true, Ordering::Relaxed);
+        self
+    }
+
+    /// Whether its claim is known to be durable.
+    pub(super) fn is_lasting(&self) -> bool {
+        self.lasts.load(Ordering::Relaxed)
+    }
+
+    /// Makes its claim durable before anything is built on it: whoever claimed may have been stopped by a failing
+    /// store, or died, before he could.
+    pub(super) fn make_last(&self) -> Result<()> {
+        if !self.is_lasting() {
+            self.journal()?.confirm(&self.name.tree, self.name.generation)?;
+            self.lasts.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether nobody has taken its tree's lease over.
+    pub(super) fn is_held(&self) -> bool {
+        self.lease.as_ref().is_none_or(Lease::is_held)
     }
 
     /// What this process wrote of merges in place so far.

@@ -8,9 +8,11 @@ use crate::chain::graph::{Key, NodeId, Parent};
 use crate::change::decided::Decided;
 use crate::change::error::Result;
 use crate::change::keep::{release, sync_all};
+use crate::change::places::looked_again;
 use crate::change::publication::{Published, stat};
-use crate::change::record::{Departure, KeptFile, Publication};
+use crate::change::record::{Departure, KeptFile, Place, Publication};
 use crate::change::site::{At, Site};
+use crate::change::standing::carry_out_later;
 use crate::change::stub::{stand_down, stand_in};
 use crate::change::yard;
 use crate::failure::Code;
@@ -65,13 +67,14 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
             let waiting = match named {
-                None if !ready || !leaves_something(&at, departure, ends)? => None,
+                None if !ready || !leaves_something(&at, decided, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
                     "another file has its name now; it was left alone",
                 )),
                 Some(_) if !published => {
+                    checkpoint_back(&at, departure)?;
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
                 }
                 Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
@@ -87,16 +90,16 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
         outcomes.push(own);
     }
     if !due.is_empty() {
-        // What replaces them is durable before they go.
+        // What replaces them is durable before they go, and what may need them again is where it is looked for.
         due.iter().try_for_each(|one| one.decided.settle())?;
+        let mut concerned: Vec<&Decided<'_>> = due.iter().map(|one| one.decided).collect();
+        concerned.dedup_by_key(|decided| decided.id());
+        carry_out_later(site, &concerned)?;
         let mut gone: BTreeSet<Key> = BTreeSet::new();
         let scan = look(site)?;
         let mut went = Vec::new();
         for one in &due {
-            let outcome = match reader(site, &scan, one, &gone) {
-                Some(child) => kept(Code::Kept, &one.at, &format!("{child} reads through it now")),
-                None => let_go(one)?,
-            };
+            let outcome = let_go_unread(site, &scan, one, &gone)?;
             if outcome == Departed::Gone {
                 gone.insert(one.at.key.clone());
                 went.push(one);
@@ -105,6 +108,9 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
         }
         for (place, outcome) in come_back(site, &went, &gone)? {
             set(&mut outcomes, place, outcome);
+        }
+        for one in &went {
+            note_second_look(one.decided);
         }
     }
     sync(site, operations, &due)?;
@@ -117,15 +123,28 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
 
 /// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
 /// the file was looked at once more that is the survivor's by now. Before its end (`ends`) a kept file is
-/// reason enough: whoever let the name go may have died before he looked for readers again.
-fn leaves_something(at: &At<'_>, departure: &Departure, ends: bool) -> Result<bool> {
-    if (ends || departure.becomes.is_some())
-        && stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found))
-    {
-        return Ok(true);
+/// reason enough, and as long as nobody has noted his second look: whoever let the name go may have died
+/// before it.
+fn leaves_something(at: &At<'_>, decided: &Decided<'_>, departure: &Departure, ends: bool) -> Result<bool> {
+    if stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)) {
+        let home =
+            At { backend: decided.site.backend(decided.home)?, key: at.key.clone(), name: at.name.clone() };
+        if ends || departure.becomes.is_some() || stat(&home, &second_look(decided))?.is_none() {
+            return Ok(true);
+        }
     }
     let Some(file) = &departure.checkpoint else { return Ok(false) };
-    Ok(stat(at, &file.path)?.is_some_and(|found| file.mark.inode == found.id.inode))
+    match stat(at, &file.path)? {
+        Some(found) => is_own(decided, departure, file, &found),
+        None => Ok(false),
+    }
+}
+
+/// Whether a checkpoint file is what it was when its member was deleted, but for an edit of a later operation.
+/// Edited since by its owner, it stays: it is not ours to judge.
+fn is_own(decided: &Decided<'_>, departure: &Departure, file: &KeptFile, found: &Stat) -> Result<bool> {
+    let place = Place { store: departure.at.store.clone(), path: file.path.clone() };
+    Ok(file.mark.inode == found.id.inode || decided.is_overtaken(&place)?)
 }
 
 fn set(outcomes: &mut [Vec<Departed>], place: (usize, usize), outcome: Departed) {
@@ -155,9 +174,24 @@ fn reader(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>)
     found.map(|child| site.stores.display(child))
 }
 
+/// Takes one name away, unless somebody reads through it.
+fn let_go_unread(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>) -> Result<Departed> {
+    match reader(site, scan, one, gone) {
+        Some(child) => {
+            checkpoint_back(&one.at, one.departure)?;
+            Ok(kept(Code::Kept, &one.at, &format!("{child} reads through it now")))
+        }
+        None => let_go(one),
+    }
+}
+
 /// Takes one name away: into trash, then a look at what went there.
 fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     let Due { departure, at, decided, .. } = one;
+    // An instance that was stopped for long may come too late: what was undone stays undone.
+    if decided.is_undone()? {
+        return Ok(Departed::Gone);
+    }
     let aside = match &departure.stub {
         Some(stub) => stand_in(at, departure, stub)?,
         None => put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))?,
@@ -169,14 +203,17 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
         // It lives on under the survivor's name.
         release(at, &departure.kept)?;
     }
-    // An instance that was stopped for long may come too late: what was undone stays undone.
+    // Stopped between the look and the rename, it gives the name back.
     if decided.is_undone()? {
         come_again(at, departure)?;
         return Ok(Departed::Gone);
     }
-    if let Some(KeptFile { path, mark, kept }) = &departure.checkpoint {
-        // Edited since by its owner, it stays: it is not ours to judge.
-        put_aside(at, path, kept, |found| mark.inode == found.id.inode)?;
+    if let Some(file @ KeptFile { path, kept, .. }) = &departure.checkpoint
+        && let Some(found) = stat(at, path)?
+        && is_own(decided, departure, file, &found)?
+    {
+        let inode = found.id.inode;
+        put_aside(at, path, kept, |found| inode == found.id.inode)?;
         if decided.is_undone()? {
             come_again(at, departure)?;
             put_back(at, path, kept)?;
@@ -233,6 +270,29 @@ fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
     }
 }
 
+/// Gives a member that stays its checkpoint file back, if that went: of what went a power cut may bring one
+/// name back and not the other.
+fn checkpoint_back(at: &At<'_>, departure: &Departure) -> Result<()> {
+    match &departure.checkpoint {
+        Some(KeptFile { path, kept, .. }) => put_back(at, path, kept),
+        None => Ok(()),
+    }
+}
+
+/// Where it is noted that readers were looked for again after an operation's names went.
+fn second_look(decided: &Decided<'_>) -> StorePath {
+    looked_again(decided.id())
+}
+
+/// Notes it, for as long as the operation is open. Lost, or not to be written, it is one more look.
+fn note_second_look(decided: &Decided<'_>) {
+    if decided.commit.retention_ns > 0
+        && let Ok(backend) = decided.site.backend(decided.home)
+    {
+        let _ = backend.create(&second_look(decided));
+    }
+}
+
 /// Gives the survivor's file its other name back, if that is free: whoever came to read through it finds it,
 /// and reads what all see who came since the merge.
 fn name_again(at: &At<'_>, publication: &Publication, departure: &Departure) -> Result<()> {
@@ -279,9 +339,7 @@ fn come_back(
             None => come_again(&one.at, departure)?,
             Some(publication) => name_again(&one.at, publication, departure)?,
         }
-        if let Some(KeptFile { path, kept, .. }) = &departure.checkpoint {
-            put_back(&one.at, path, kept)?;
-        }
+        checkpoint_back(&one.at, departure)?;
         back.insert(one.at.key.clone());
         let child = orphan.map(|id| site.stores.display(&scan.graph.node(id).key));
         let child = child.unwrap_or_else(|| "a member that came back".to_owned());

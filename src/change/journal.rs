@@ -117,6 +117,15 @@ impl Journal {
         }
     }
 
+    /// Takes away the note that readers were looked for again.
+    pub fn forget_second_look(&self, operation: &OperationId) -> Result<()> {
+        let path = places::looked_again(operation);
+        match self.backend.remove_file(&path) {
+            Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
+            Err(source) => Err(failed("remove", &path)(source)),
+        }
+    }
+
     /// The numbers that a tree has used, ascending.
     pub fn generations(&self, tree: &TreeId) -> Result<Vec<u64>> {
         let names = self.names(&places::generations(tree))?;
@@ -180,6 +189,13 @@ impl Journal {
             }
             done => done.map_err(failed("claim", &path)),
         }
+    }
+
+    /// Makes a claim durable that was found, bytes and name: it may be there and not last.
+    pub fn confirm(&self, tree: &TreeId, number: u64) -> Result<()> {
+        let path = places::generation(tree, number);
+        let synced = self.backend.open(&path).and_then(|file| file.sync());
+        synced.and_then(|()| self.backend.sync_dir(&path.parent())).map_err(failed("sync", &path))
     }
 
     /// Why a tree is frozen, if it is.

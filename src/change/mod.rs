@@ -34,6 +34,7 @@ pub mod purge;
 pub mod record;
 pub mod recover;
 mod site;
+mod standing;
 mod stub;
 pub mod sweep;
 pub mod tree;

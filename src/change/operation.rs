@@ -1,6 +1,6 @@
 //! An operation before its decision: announced, its files in the making, nothing of it in force.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use crate::backend::publish::take_identity;
 use crate::backend::{BackendError, StoreFile};
@@ -16,10 +16,9 @@ use crate::change::record::{
 };
 use crate::change::site::{At, Site};
 use crate::change::yard::Yard;
-use crate::change::{sweep, tree};
+use crate::change::{standing, sweep, tree};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::ids::StorePath;
-use crate::store::facts::Stamp;
 
 /// An operation that has announced itself and holds its tree's lease. Dropped without a decision it takes
 /// itself back: its number is claimed for nothing, its temporaries and its intent go.
@@ -28,6 +27,8 @@ pub struct Operation<'s> {
     /// The store that has the records.
     home: usize,
     name: IntentName,
+    /// The tree's root, where that is known.
+    roots: Vec<Place>,
     lease: Option<Lease>,
     /// Whether dropping takes it back.
     open: bool,
@@ -38,39 +39,49 @@ impl<'s> Operation<'s> {
     ///
     /// # Errors
     ///
-    /// [`ChangeError::Busy`] if somebody else works on the tree, [`ChangeError::Frozen`] if nobody may.
+    /// [`ChangeError::Busy`] if somebody else works on the tree, or has decided something since this process
+    /// recovered it; [`ChangeError::Frozen`] if nobody may change it.
     ///
     /// # After a crash
     ///
     /// An intent may be left, which recovery takes back.
     pub fn begin(site: &'s Site<'s>, root: &Key, members: Vec<Place>) -> Result<Self> {
         let tree = tree::identify(site, root)?;
-        Self::begin_in(site, root.store, tree, members)
+        let mut operation = Self::begin_in(site, root.store, tree, members, None)?;
+        operation.roots.push(site.place(root)?);
+        Ok(operation)
     }
 
-    /// As [`Operation::begin`], for a tree whose records lie on the store `home`.
-    pub fn begin_in(site: &'s Site<'s>, home: usize, tree: TreeId, members: Vec<Place>) -> Result<Self> {
+    /// As [`Operation::begin`], for a tree whose records lie on the store `home`; an operation that this one
+    /// takes back may be anywhere.
+    pub(super) fn begin_in(
+        site: &'s Site<'s>,
+        home: usize,
+        tree: TreeId,
+        members: Vec<Place>,
+        undoes: Option<&OperationId>,
+    ) -> Result<Self> {
         let journal = Journal::new(site.stores.get(home)?.backend());
         if let Some(freeze) = journal.frozen(&tree)? {
             return Err(ChangeError::Frozen { tree: tree.to_string(), reason: freeze.reason });
         }
         let lease = Lease::take(site, home, &tree)?;
-        Self::announce(site, home, tree, members, Some(lease))
+        let mut begun = site.begun();
+        let generation = standing::next_number(site, home, &tree, undoes, &begun)?;
+        let operation = Self::announce(site, home, (tree, generation), members, Some(lease))?;
+        begun.push(operation.name.clone());
+        Ok(operation)
     }
 
-    /// As [`Operation::begin_in`]; the lease is the caller's business.
+    /// As [`Operation::begin_in`], for a number of the tree; that and the lease are the caller's business.
     pub(super) fn announce(
         site: &'s Site<'s>,
         home: usize,
-        tree: TreeId,
+        (tree, generation): (TreeId, u64),
         members: Vec<Place>,
         lease: Option<Lease>,
     ) -> Result<Self> {
         let journal = Journal::new(site.stores.get(home)?.backend());
-        let _alone = site.announcing.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = journal.intents()?.into_iter().filter(|intent| intent.tree == tree);
-        let used = journal.generations(&tree)?.last().copied().unwrap_or(0);
-        let generation = open.map(|intent| intent.generation).max().unwrap_or(0).max(used) + 1;
         let name =
             IntentName { tree: tree.clone(), generation, operation: OperationId::of(site.clock.unique()) };
         let intent = Intent {
@@ -82,7 +93,7 @@ impl<'s> Operation<'s> {
             begun_ns: site.clock.wall_ns(),
             members,
         };
-        let operation = Self { site, home, name, lease, open: true };
+        let operation = Self { site, home, name, roots: Vec::new(), lease, open: true };
         // From here on dropping takes it back.
         journal.announce(&operation.name, &intent)?;
         Ok(operation)
@@ -123,12 +134,10 @@ impl<'s> Operation<'s> {
         let file = at.backend.create(&temporary).map_err(at.failed("make a temporary for"))?;
         let staged = Staged {
             place: self.site.place(target)?,
-            key: target.clone(),
             kept: yard.kept(self.id(), what),
             temporary,
             file,
             old: Mark::from(&stat),
-            stamp: Stamp::from(&stat),
         };
         take_identity(old, staged.file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
         Ok(staged)
@@ -193,6 +202,7 @@ impl<'s> Operation<'s> {
     pub fn decide(mut self, commit: Commit, roots: &[Key]) -> Result<Decided<'s>> {
         for root in roots {
             tree::belong(self.site, root, self.tree())?;
+            self.roots.push(self.site.place(root)?);
         }
         let mut directories: Vec<(usize, StorePath)> = Vec::new();
         let stubs = commit.departures.iter().filter_map(|one| Some((&one.at, &one.stub.as_ref()?.from)));
@@ -228,11 +238,10 @@ impl<'s> Operation<'s> {
         }
         self.open = false;
         let lease = self.lease.take();
-        Decided::new(self.site, self.home, self.name.clone(), claim, lease).ok_or_else(|| {
-            ChangeError::BadRecord {
-                path: "generations".to_owned(),
-                detail: "a commit was claimed as something else".to_owned(),
-            }
+        let decided = Decided::new(self.site, self.home, self.name.clone(), claim, lease);
+        decided.map(Decided::lasting).ok_or_else(|| ChangeError::BadRecord {
+            path: "generations".to_owned(),
+            detail: "a commit was claimed as something else".to_owned(),
         })
     }
 
@@ -254,7 +263,7 @@ impl<'s> Operation<'s> {
     }
 
     fn claim(&self, decision: Decision) -> Claim {
-        new_claim(self.site, &self.name, decision)
+        new_claim(self.site, &self.name, self.roots.clone(), decision)
     }
 }
 
@@ -267,7 +276,7 @@ impl Drop for Operation<'_> {
     }
 }
 
-fn new_claim(site: &Site<'_>, name: &IntentName, decision: Decision) -> Claim {
+fn new_claim(site: &Site<'_>, name: &IntentName, roots: Vec<Place>, decision: Decision) -> Claim {
     Claim {
         schema: SCHEMA,
         tree: name.tree.clone(),
@@ -275,6 +284,7 @@ fn new_claim(site: &Site<'_>, name: &IntentName, decision: Decision) -> Claim {
         operation: name.operation.clone(),
         nonce: format!("{:032x}", site.clock.unique()),
         decided_ns: site.clock.wall_ns(),
+        roots,
         decision,
     }
 }
@@ -284,7 +294,7 @@ fn new_claim(site: &Site<'_>, name: &IntentName, decision: Decision) -> Claim {
 /// it was decided before.
 pub fn take_back(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> {
     let journal = Journal::new(site.stores.get(home)?.backend());
-    let claim = new_claim(site, name, Decision::Abort);
+    let claim = new_claim(site, name, Vec::new(), Decision::Abort);
     match journal.decide(&claim) {
         Ok(()) => {}
         Err(ChangeError::Decided { tree, generation }) => match journal.claim(&name.tree, name.generation)? {
@@ -303,12 +313,10 @@ pub fn take_back(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> 
 #[derive(Debug)]
 pub struct Staged {
     place: Place,
-    key: Key,
     temporary: StorePath,
     kept: StorePath,
     file: Arc<dyn StoreFile>,
     old: Mark,
-    stamp: Stamp,
 }
 
 impl Staged {
@@ -326,18 +334,13 @@ impl Staged {
 
     /// Makes the bytes durable and opens the file again as a reader would: what is read from it comes from
     /// the store, as far as the store allows. Nothing may be written after. If it fails the file must be
-    /// given up.
+    /// given up. Whether the old one is still what it was when the new one was begun is the caller's to see.
     pub fn seal(&self, site: &Site<'_>) -> Result<Sealed> {
         let at: At<'_> = site.at(&self.place)?;
         self.file.sync().map_err(at.failed("make durable the new file of"))?;
         self.file.drop_cache().map_err(at.failed("drop from the cache the new file of"))?;
         let again = at.backend.open(&self.temporary).map_err(at.failed("open again the new file of"))?;
         let stat = again.stat().map_err(at.failed("look at the new file of"))?;
-        // The old one must be what it was when the new one was begun.
-        let now = at.backend.stat(&self.key.path).map_err(at.failed("look at"))?;
-        if Stamp::from(&now) != self.stamp {
-            return Err(ChangeError::ChangedMeanwhile { member: at.name });
-        }
         let publication = Publication {
             at: self.place.clone(),
             from: self.temporary.clone(),

@@ -82,6 +82,12 @@ pub fn temporary(operation: &OperationId, what: &str) -> StorePath {
     own(&["tmp", &format!("{operation}.{what}")])
 }
 
+/// Says that readers were looked for again after an operation's deleted members had gone.
+#[must_use]
+pub fn looked_again(operation: &OperationId) -> StorePath {
+    own(&["trash", &format!("{operation}.looked-again")])
+}
+
 /// Whose temporary or kept file a name is.
 #[must_use]
 pub fn operation_of(name: &str) -> Option<OperationId> {

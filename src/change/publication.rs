@@ -8,6 +8,7 @@ use crate::change::in_place;
 use crate::change::keep::{Kept, keep, release, sync_all};
 use crate::change::record::{Mark, Publication, Restore};
 use crate::change::site::{At, Site};
+use crate::cloudstack::paths::snapshot_of;
 use crate::failure::Code;
 use crate::ids::StorePath;
 
@@ -35,13 +36,20 @@ struct Pending<'a> {
 
 /// Does all restores and publications of a decision that are not done yet.
 pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>> {
+    if !decided.is_lasting() && begins(site, decided)? {
+        decided.make_last()?;
+    }
     restore_all(site, &decided.commit.restores)?;
+    let lost = is_any_lost(site, &decided.commit.restores)?;
     let mut outcomes = Vec::new();
     let mut pending = Vec::new();
     for (index, publication) in decided.commit.publications.iter().enumerate() {
         let at = site.at(&publication.at)?;
         let outcome = match look(site, decided, publication, &at)? {
             Some(outcome) => outcome,
+            None if lost => {
+                give_up(&at, publication, "was left alone: a member that it would read through is gone")?
+            }
             None => match keep(&at, &publication.at.path, &publication.kept, &publication.old)? {
                 Kept::Another => give_up(&at, publication, "was replaced by somebody else")?,
                 kept => {
@@ -63,6 +71,24 @@ pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>>
         decided.settle()?;
     }
     Ok(outcomes)
+}
+
+/// Whether something is to be done for which nothing that was done before shows that the claim is durable.
+fn begins(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
+    let commit = &decided.commit;
+    for restore in &commit.restores {
+        if stat(&site.at(&restore.at)?, &restore.kept)?.is_some() {
+            return Ok(true);
+        }
+    }
+    for publication in &commit.publications {
+        let at = site.at(&publication.at)?;
+        let grows = publication.in_place.is_some() && has(&at, &publication.at.path, &publication.old)?;
+        if grows || stat(&at, &publication.from)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(commit.publications.is_empty())
 }
 
 /// Makes durable what was published, also by an earlier run, which may have died before it could.
@@ -219,28 +245,53 @@ fn taken_back(at: &At<'_>, reason: &str) -> Published {
     Published::TakenBack { code: Code::ChangedMeanwhile, reason: format!("{} {reason}", at.name) }
 }
 
-/// Names come back, never over another file.
+/// Names come back, never over another file. It uses the kept name up, as soon as the other is durable: what
+/// somebody else removes afterwards is not brought back again.
 fn restore_all(site: &Site<'_>, restores: &[Restore]) -> Result<()> {
-    let mut done = Vec::new();
-    for restore in restores {
-        let at = site.at(&restore.at)?;
-        if stat(&at, &restore.at.path)?.is_none() {
-            let found = stat(&at, &restore.kept)?;
-            if found.is_some_and(|found| restore.mark.inode == found.id.inode) {
+    let ats = restores.iter().map(|restore| site.at(&restore.at)).collect::<Result<Vec<_>>>()?;
+    let mut back = Vec::new();
+    for (at, restore) in ats.iter().zip(restores) {
+        let found = stat(at, &restore.kept)?.filter(|found| restore.mark.inode == found.id.inode);
+        if found.is_some() {
+            if stat(at, &restore.at.path)?.is_none() {
                 match link(at.backend, &restore.kept, &restore.at.path) {
-                    Ok(()) | Err(BackendError::AlreadyExists { .. }) => {}
+                    // Another instance was faster, or somebody has the name.
+                    Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => {}
                     // A file can have one name only: it moves.
                     Err(error) if error.is_unsupported() => {
-                        take_name(at.backend, &restore.kept, &restore.at.path)
-                            .map_err(at.failed("put back"))?;
+                        match take_name(at.backend, &restore.kept, &restore.at.path) {
+                            Ok(()) | Err(BackendError::NotFound { .. }) => {}
+                            Err(source) => return Err(at.failed("put back")(source)),
+                        }
                     }
                     Err(source) => return Err(at.failed("put back")(source)),
                 }
             }
+            back.push((at, restore));
         }
-        done.push(at);
     }
-    sync_all(done.iter().map(|at| (at, at.key.path.parent())))
+    sync_all(ats.iter().map(|at| (at, at.key.path.parent())))?;
+    for (at, restore) in &back {
+        let (named, kept) = (stat(at, &restore.at.path)?, stat(at, &restore.kept)?);
+        if let (Some(named), Some(kept)) = (named, kept)
+            && named.id == kept.id
+        {
+            release(at, &restore.kept)?;
+        }
+    }
+    sync_all(back.iter().map(|(at, restore)| (*at, restore.kept.parent())))
+}
+
+/// Whether a member that was to come back has neither its name nor its file: whoever was stopped in the middle of
+/// a purge let it go, or its owner removed it. What would read through it keeps its new file.
+fn is_any_lost(site: &Site<'_>, restores: &[Restore]) -> Result<bool> {
+    for restore in restores.iter().filter(|one| snapshot_of(&one.at.path).is_none()) {
+        let at = site.at(&restore.at)?;
+        if stat(&at, &restore.at.path)?.is_none() && stat(&at, &restore.kept)?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Whether QEMU has a file open for writing.

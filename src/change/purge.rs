@@ -2,7 +2,8 @@
 
 use crate::backend::Stat;
 use crate::change::decided::Decided;
-use crate::change::error::Result;
+use crate::change::departure::Departed;
+use crate::change::error::{ChangeError, Result};
 use crate::change::in_place;
 use crate::change::journal::Journal;
 use crate::change::keep::release;
@@ -17,11 +18,20 @@ use crate::ids::StorePath;
 use crate::store::scan::Finding;
 
 /// Removes what an operation kept and ends it. Files that are not what was put there are left, and told.
+/// `departed` says what became of its deleted members: nothing goes of one that stays.
+///
+/// # Errors
+///
+/// [`ChangeError::Busy`] if the lease is lost, or somebody else is moving a member that stays.
 ///
 /// # After a crash
 ///
 /// Some of it is gone; calling again does the rest.
-pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
+pub fn purge(site: &Site<'_>, decided: &Decided<'_>, departed: &[Departed]) -> Result<Vec<Finding>> {
+    // What goes here does not come back: whoever took over may just need it for an undo.
+    if !decided.is_held() {
+        return Err(busy());
+    }
     let mut findings = Vec::new();
     decided.settle()?;
     if decided.commit.purpose == Purpose::Delete {
@@ -30,7 +40,7 @@ pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
             return Ok(findings);
         }
     }
-    let_go(site, &decided.commit, &mut findings)?;
+    let_go(site, &decided.commit, departed, &mut findings)?;
     if let Purpose::Undo { operation, generation } = &decided.commit.purpose {
         // What it took back ends with it.
         let journal = decided.journal()?;
@@ -42,7 +52,7 @@ pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
         if let crate::change::journal::Found::Record(claim) = journal.claim(&undone.tree, *generation)?
             && let crate::change::record::Decision::Commit(commit) = &claim.decision
         {
-            let_go(site, commit, &mut findings)?;
+            let_go(site, commit, &[], &mut findings)?;
         }
         sweep::end(site, &journal, &undone)?;
     }
@@ -53,8 +63,17 @@ pub fn purge(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
+fn busy() -> ChangeError {
+    ChangeError::Busy { owner: "another qchain, which took it over".to_owned() }
+}
+
 /// Lets everything go that a decision kept.
-fn let_go(site: &Site<'_>, commit: &Commit, findings: &mut Vec<Finding>) -> Result<()> {
+fn let_go(
+    site: &Site<'_>,
+    commit: &Commit,
+    departed: &[Departed],
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
     for publication in &commit.publications {
         let at = site.at(&publication.at)?;
         drop_kept(&at, &publication.kept, |found| publication.old.is(found), findings)?;
@@ -63,8 +82,12 @@ fn let_go(site: &Site<'_>, commit: &Commit, findings: &mut Vec<Finding>) -> Resu
         let at = site.at(&edit.at)?;
         drop_kept(&at, &edit.kept, |_| true, findings)?;
     }
-    for departure in &commit.departures {
+    for (index, departure) in commit.departures.iter().enumerate() {
         let at = site.at(&departure.at)?;
+        let stays = matches!(departed.get(index), Some(Departed::Kept { .. }));
+        if stays && stat(&at, &departure.at.path)?.is_none() && stat(&at, &departure.kept)?.is_some() {
+            return Err(busy());
+        }
         drop_kept(&at, &departure.kept, |found| departure.is(found), findings)?;
         if let Some(file) = &departure.checkpoint {
             drop_kept(&at, &file.kept, |_| true, findings)?;

@@ -150,6 +150,10 @@ pub struct Claim {
     pub nonce: String,
     /// When it was decided, nanoseconds since 1970.
     pub decided_ns: i64,
+    /// The tree's root when it began, and members that become roots. By them the tree is found again if a power
+    /// cut took their manifests, which are not made durable.
+    #[serde(default)]
+    pub roots: Vec<Place>,
     /// What was decided.
     pub decision: Decision,
 }
@@ -390,6 +394,7 @@ mod tests {
             operation: OperationId::random(),
             nonce: "n".to_owned(),
             decided_ns: 5,
+            roots: Vec::new(),
             decision: Decision::Abort,
         };
         let bytes = encode(&claim);

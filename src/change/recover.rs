@@ -89,13 +89,18 @@ pub struct Extent {
 /// Recovers all operations on all stores. One that fails stops no other.
 pub fn recover(site: &Site<'_>, extent: Extent, witness: Witness) -> Result<Vec<Recovered>> {
     let mut recovered = Vec::new();
+    // What this process began before is recovered as anybody's.
+    site.begun().clear();
     for (home, store) in site.stores.iter() {
         let journal = Journal::new(store.backend());
         for name in journal.intents()? {
             let members = journal.intent(&name)?.map(|intent| intent.members).unwrap_or_default();
             let mut kept = Vec::new();
-            let action = one(site, home, &journal, &name, extent, witness, &mut kept)
-                .unwrap_or_else(|error| failed(&error));
+            let done = one(site, home, &journal, &name, extent, witness, &mut kept);
+            if done.as_ref().is_ok_and(|action| *action != Action::Busy) {
+                site.settle(&name.operation);
+            }
+            let action = done.unwrap_or_else(|error| failed(&error));
             recovered.push(Recovered { name, home, members, action, kept });
         }
     }
@@ -213,7 +218,7 @@ pub fn finish(
     if let Verdict::Differs(reason) = witness.compare(site, decided, published)? {
         return freeze(site, decided, &reason);
     }
-    let findings = purge(site, decided)?;
+    let findings = purge(site, decided, departed)?;
     if !findings.is_empty() {
         return Ok(Action::Stuck(findings));
     }

@@ -1,6 +1,7 @@
 //! Where a change happens: the stores, the clock, who makes it.
 
-use std::sync::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendError};
@@ -8,7 +9,8 @@ use crate::chain::graph::Key;
 use crate::change::clock::Clock;
 use crate::change::error::{ChangeError, Result};
 use crate::change::lease::Leases;
-use crate::change::record::Place;
+use crate::change::places::IntentName;
+use crate::change::record::{OperationId, Place, TreeId};
 use crate::progress::{Cancel, Pace};
 use crate::store::Stores;
 
@@ -50,8 +52,13 @@ pub struct Site<'a> {
     pub pace: Pace,
     /// The leases that are held.
     pub leases: Leases,
-    /// Held while a number is looked for and announced: two operations of this process never take one.
-    pub announcing: Mutex<()>,
+    /// The trees of roots as claims have them, once that was needed.
+    pub(super) remembered: Mutex<Option<BTreeMap<Key, TreeId>>>,
+    /// Operations that recovery brought as far as they go.
+    settled: Mutex<BTreeSet<OperationId>>,
+    /// Operations that this process began since it recovered. Held while a number is looked for and announced:
+    /// two operations of this process never take one.
+    begun: Mutex<Vec<IntentName>>,
 }
 
 impl<'a> Site<'a> {
@@ -68,8 +75,26 @@ impl<'a> Site<'a> {
             lease,
             pace: Pace::default(),
             leases,
-            announcing: Mutex::new(()),
+            remembered: Mutex::new(None),
+            settled: Mutex::default(),
+            begun: Mutex::default(),
         }
+    }
+
+    /// Recovery brought an operation as far as it goes: what is planned from now on is planned on that.
+    pub(super) fn settle(&self, operation: &OperationId) {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner).insert(operation.clone());
+    }
+
+    /// Whether recovery brought it as far as it goes.
+    pub(super) fn is_settled(&self, operation: &OperationId) -> bool {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner).contains(operation)
+    }
+
+    /// The operations that this process began since it recovered: all were planned on what it saw then. There
+    /// may be several in what has one tree's id, as a tree that loses its root may become several.
+    pub(super) fn begun(&self) -> MutexGuard<'_, Vec<IntentName>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A store's files.

@@ -36,6 +36,7 @@ pub fn temporaries_of(site: &Site<'_>, operation: &OperationId) -> Result<()> {
 /// Ends an operation: its temporaries go, then its intent, then the places that nobody needs any more.
 pub fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> {
     temporaries_of(site, &name.operation)?;
+    journal.forget_second_look(&name.operation)?;
     journal.conclude(name)?;
     // It is over all the same; whoever sweeps next does the rest.
     let _ = yard::clear(site.stores);

@@ -2,11 +2,13 @@
 //!
 //! A tree is named by its root, the member that stands on nothing. The first change makes up a random id and
 //! offers it as the root's manifest; who comes second takes what he finds. When a root is deleted the
-//! survivors that become roots get the same id before it goes. A manifest that a power cut loses is made
-//! anew with another id, which is harmless: a change that was under way is found by its intent, and both
-//! compare file ids.
+//! survivors that become roots get the same id before it goes. Manifests are not made durable, which would
+//! cost two syncs: what has claimed a number says in its claim, which is, which roots its tree has. So a
+//! manifest that a power cut loses is made anew with the same id as long as anything of the tree is open; a
+//! freeze, an undo and who it would hurt are never in two trees. With nothing open another id does as well.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,7 @@ use crate::backend::publish::offer;
 use crate::backend::{Backend, BackendError};
 use crate::chain::graph::{Graph, Key, NodeId};
 use crate::change::error::{ChangeError, Result};
+use crate::change::journal::{Found, Journal};
 use crate::change::places;
 use crate::change::record::{OperationId, SCHEMA, TreeId, encode};
 use crate::change::site::Site;
@@ -55,10 +58,42 @@ pub fn find(backend: &Arc<dyn Backend>, root: &StorePath) -> Result<Option<TreeI
 
 /// The id of the tree with that root, made if it has none yet.
 pub fn identify(site: &Site<'_>, root: &Key) -> Result<TreeId> {
-    match find(site.stores.get(root.store)?.backend(), &root.path)? {
-        Some(tree) => Ok(tree),
-        None => belong(site, root, &TreeId::of(site.clock.unique())),
+    if let Some(tree) = find(site.stores.get(root.store)?.backend(), &root.path)? {
+        return Ok(tree);
     }
+    let tree = remembered(site, root)?.unwrap_or_else(|| TreeId::of(site.clock.unique()));
+    belong(site, root, &tree)
+}
+
+/// The tree of a root whose manifest is missing, as the claims of trees have it that have anything open. They
+/// are read once: what a power cut took was gone before.
+fn remembered(site: &Site<'_>, root: &Key) -> Result<Option<TreeId>> {
+    let mut remembered = site.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+    if remembered.is_none() {
+        *remembered = Some(claimed_roots(site)?);
+    }
+    Ok(remembered.as_ref().and_then(|roots| roots.get(root)).cloned())
+}
+
+fn claimed_roots(site: &Site<'_>) -> Result<BTreeMap<Key, TreeId>> {
+    let mut roots: BTreeMap<Key, (i64, TreeId)> = BTreeMap::new();
+    for (_, store) in site.stores.iter() {
+        let journal = Journal::new(store.backend());
+        let trees: BTreeSet<TreeId> = journal.intents()?.into_iter().map(|name| name.tree).collect();
+        for tree in trees {
+            for number in journal.generations(&tree)? {
+                let Found::Record(claim) = journal.claim(&tree, number)? else { continue };
+                for place in &claim.roots {
+                    let entry = (claim.decided_ns, tree.clone());
+                    let latest = roots.entry(site.key(place)?).or_insert_with(|| entry.clone());
+                    if entry.0 > latest.0 {
+                        *latest = entry;
+                    }
+                }
+            }
+        }
+    }
+    Ok(roots.into_iter().map(|(root, (_, tree))| (root, tree)).collect())
 }
 
 /// Says that a member is in a tree, unless it is known to be in one; gives the tree it is in.

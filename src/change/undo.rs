@@ -25,7 +25,12 @@ use crate::qcow2::Image;
 /// survivor was changed since, a name was taken, or a later operation builds on it.
 pub fn undo<'s>(site: &'s Site<'s>, home: usize, name: &IntentName) -> Result<Decided<'s>> {
     let commit = commit_of(site, home, name)?;
-    let operation = Operation::begin_in(site, home, name.tree.clone(), members_of(&commit))?;
+    if !site.is_settled(&name.operation) {
+        // Recovery did not come to it: whoever claimed may have been stopped before that was durable.
+        Journal::new(site.stores.get(home)?.backend()).confirm(&name.tree, name.generation)?;
+    }
+    let operation =
+        Operation::begin_in(site, home, name.tree.clone(), members_of(&commit), Some(&name.operation))?;
     decide(site, operation, home, name, &commit)
 }
 
@@ -33,7 +38,9 @@ pub fn undo<'s>(site: &'s Site<'s>, home: usize, name: &IntentName) -> Result<De
 pub(super) fn undo_held<'s>(site: &'s Site<'s>, decided: &Decided<'s>) -> Result<Decided<'s>> {
     let (home, name) = (decided.home, decided.name());
     let commit = commit_of(site, home, name)?;
-    let operation = Operation::announce(site, home, name.tree.clone(), members_of(&commit), None)?;
+    let journal = Journal::new(site.stores.get(home)?.backend());
+    let number = journal.generations(&name.tree)?.last().copied().unwrap_or(0) + 1;
+    let operation = Operation::announce(site, home, (name.tree.clone(), number), members_of(&commit), None)?;
     decide(site, operation, home, name, &commit)
 }
 
@@ -143,6 +150,8 @@ fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict>
     let files = members.chain(commit.publications.iter().map(|one| (&one.at, &one.from)));
     for (place, file) in files.filter(|(place, _)| snapshot_of(&place.path).is_none()) {
         let at = site.at(place)?;
+        // One that waits for the end of its grace has its own name yet.
+        let file = if stat(&at, file)?.is_some() { file } else { &place.path };
         let opened = at.backend.open(file).map_err(at.failed("open the old file of"))?;
         let image = Image::open(opened, &at.name)
             .map_err(|error| Conflict::With(format!("the old file of {} is damaged: {error}", at.name)))?;
@@ -176,18 +185,20 @@ fn members_back<'a>(
                 stubs.push((departure, Mark::from(&found)));
             }
             Some(_) => return Err(Conflict::With(format!("another file is called {} now", at.name))),
-            None if has(&at, &departure.kept, &departure.mark)? => restores.push(Restore {
-                at: departure.at.clone(),
-                kept: departure.kept.clone(),
-                mark: departure.mark,
-            }),
+            None if has(&at, &departure.kept, &departure.mark)? => {}
             None => return Err(Conflict::With(format!("the old file of {} is gone", at.name))),
         }
-        if let Some(file) = &departure.checkpoint
-            && stat(&at, &file.path)?.is_none()
-        {
+        // One that has its name may lose it before the undo is decided: to an instance that was stopped.
+        restores.push(Restore {
+            at: departure.at.clone(),
+            kept: departure.kept.clone(),
+            mark: departure.mark,
+        });
+        let Some(file) = &departure.checkpoint else { continue };
+        let kept = stat(&at, &file.kept)?;
+        if let Some(found) = kept.map_or_else(|| stat(&at, &file.path), |kept| Ok(Some(kept)))? {
             let place = Place { store: departure.at.store.clone(), path: file.path.clone() };
-            restores.push(Restore { at: place, kept: file.kept.clone(), mark: file.mark });
+            restores.push(Restore { at: place, kept: file.kept.clone(), mark: Mark::from(&found) });
         }
     }
     Ok((restores, stubs))

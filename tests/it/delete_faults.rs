@@ -16,7 +16,7 @@ use qchain::change::{Site, SystemClock};
 use qchain::failure::{Code, Failure, Kind as FailureKind};
 use qchain::ids::StorePath;
 use qchain::ops::Result;
-use qchain::ops::delete::{ModeChoice, Report};
+use qchain::ops::delete::{ModeChoice, Report, Terms};
 use qchain::ops::recover::recover;
 use qchain::progress::Cancel;
 use qchain::store::chain::OpenChain;
@@ -27,7 +27,7 @@ use qchain::units::GuestOffset;
 use super::support::chains::{Kind, Numbers, Spec, assert_true, build, copy, folders};
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{must, text};
-use super::support::store::{LEASE, delete, delete_well, files, init, open_with, scan};
+use super::support::store::{LEASE, delete, delete_on, delete_well, files, init, open, open_with, scan};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -401,4 +401,56 @@ fn clones_share_their_extents() {
     assert!(bytes >= outcome.bytes_cloned, "{bytes} of {} bytes are shared: {new:?}", outcome.bytes_cloned);
     let alone = fs::metadata(store.join("b")).unwrap().blocks() * 512 - bytes;
     assert!(alone <= outcome.metadata_bytes_written + 65_536, "{alone} bytes of its own");
+}
+
+/// A power cut takes manifests, which are not durable: as long as anything of a tree is open it stays the same
+/// tree, so that an undo sees what was done after it.
+#[test]
+fn a_tree_that_loses_its_manifest_is_the_same_tree() {
+    let folder = tempfile::tempdir().unwrap();
+    chain(folder.path(), Kind::PLAIN, 21);
+    let memory = in_memory(&folder.path().join("store"));
+    let terms = Terms { retention_ns: 3_600_000_000_000, ..Terms::default() };
+    let stores = || open_with(Path::new("/nowhere"), Arc::clone(&memory) as Arc<dyn Backend>);
+    // The second makes another member the root.
+    for (number, member) in ["b", "base", "a"].into_iter().enumerate() {
+        let report = delete_on(&stores(), &[member], ModeChoice::Copy, terms.clone()).unwrap();
+        assert!(report.first_failure().is_none(), "{member}: {:?}", report.first_failure());
+        let manifests = path(".qchain/manifests");
+        for entry in memory.read_dir(&manifests).unwrap() {
+            memory.remove_file(&entry.path_in(&manifests).unwrap()).unwrap();
+        }
+        let trees = memory.read_dir(&path(".qchain/generations")).unwrap();
+        let tree = trees[0].path_in(&path(".qchain/generations")).unwrap();
+        assert_eq!((trees.len(), memory.read_dir(&tree).unwrap().len()), (1, number + 1), "{member}");
+    }
+}
+
+/// A tree that lost its root may be several trees with one id: one call changes all of them.
+#[test]
+fn what_was_one_tree_is_changed_side_by_side() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    init(root, StoreKind::Plain);
+    let members =
+        [("base", None), ("a", Some("base")), ("b", Some("a")), ("c", Some("base")), ("d", Some("c"))];
+    for (name, parent) in members {
+        let place = root.join(name);
+        match parent {
+            None => must("qemu-img", &["create", "-q", "-f", "qcow2", text(&place), "1M"]),
+            Some(parent) => {
+                must("qemu-img", &["create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", text(&place)])
+            }
+        };
+    }
+    for retention_ns in [3_600_000_000_000, 0] {
+        let terms = Terms { retention_ns, ..Terms::default() };
+        let targets: &[&str] = if retention_ns > 0 { &["base"] } else { &["a", "c"] };
+        let report = delete_on(&open(root), targets, ModeChoice::Copy, terms).unwrap();
+        assert!(report.first_failure().is_none(), "{targets:?}: {:?}", report.first_failure());
+    }
+    let trees: Vec<_> = fs::read_dir(root.join(".qchain/generations")).unwrap().collect();
+    assert_eq!(trees.len(), 1);
+    let claims = fs::read_dir(trees[0].as_ref().unwrap().path()).unwrap().count();
+    assert_eq!((claims, root.join("a").exists(), root.join("c").exists()), (3, false, false));
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::change::history::{Done, history as read_history};
 use crate::change::journal::Journal;
-use crate::change::publication::Published;
+use crate::change::publication::{Published, stat};
 use crate::change::purge::held_bytes;
 use crate::change::record::{OperationId, Place, TreeId};
 use crate::change::recover::{Action, Extent, Recovered, carry_on, recover as recover_all};
@@ -165,6 +165,12 @@ pub fn undo(site: &Site<'_>, text: &str, witness: Witness) -> Result<Undone> {
     let undo = decide_undo(site, done.home, &done.name())?;
     let stopped = |error| OpError::after_decision(&error);
     let published = undo.publish().map_err(stopped)?;
+    let mut gone = None;
+    for member in &done.members {
+        if stat(&site.at(member)?, &member.path)?.is_none() {
+            gone = Some(member);
+        }
+    }
     let left = published.iter().filter_map(|one| match one {
         Published::TakenBack { reason, .. } => Some(reason.clone()),
         Published::Done => None,
@@ -172,6 +178,10 @@ pub fn undo(site: &Site<'_>, text: &str, witness: Witness) -> Result<Undone> {
     let left = left.collect();
     let (mut kept, nobody) = (Vec::new(), Witness::None);
     let action = carry_on(site, &undo, &published, Extent::default(), nobody, &mut kept).map_err(stopped)?;
+    if let Some(member) = gone {
+        let reason = format!("the old file of {} is gone by now", site.at(member)?.name);
+        return Err(stopped(ChangeError::NotUndoable { operation: done.operation.to_string(), reason }));
+    }
     Ok(Undone { done, operation: undo.id().clone(), action, left })
 }
 
