@@ -46,7 +46,7 @@ impl Shared {
         let (how, errno) = match verdict {
             Verdict::Go => {
                 let done = whole();
-                self.world.after(call);
+                self.world.after(call, done.is_ok());
                 return done;
             }
             Verdict::Fail(how, errno) => (how, errno),
@@ -57,7 +57,7 @@ impl Shared {
             How::Half => half(),
             How::All => whole().map(drop),
         };
-        self.world.after(call);
+        self.world.after(call, false);
         if matches!(verdict, Verdict::Crash(_)) {
             self.world.die(self.life);
         }

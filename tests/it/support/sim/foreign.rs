@@ -9,25 +9,44 @@ use super::stage::{CLUSTERS, image, path, put, xml};
 use super::truth::{Foreign, Member, Presence};
 use super::world::{Phase, State};
 
-/// Does one thing, if it can be done now; says what.
+/// Does one thing, if it can be done now; says what. As often as not it is done to what an instance is about to
+/// touch.
 pub fn act(state: &mut State, store: &MemoryStore) -> Option<String> {
-    let names: Vec<String> = state.truth.members.keys().cloned().collect();
+    let mut names: Vec<String> = state.truth.members.keys().cloned().collect();
+    let touched: Vec<String> = names.iter().filter(|name| is_touched(state, name)).cloned().collect();
+    if !touched.is_empty() && state.dice.once_in(2) {
+        names = touched;
+    }
     let name = state.dice.pick(&names);
     let place = state.truth.layout.member(&name);
-    if store.stat(&place).is_err() || is_narrow(state, &name) {
+    if store.stat(&place).is_err() {
         return None;
     }
-    match state.dice.below(5) {
+    let how = state.dice.below(6);
+    // What is written into a file that has another name yet is noticed even then.
+    let into = matches!(how, 2 | 5) && state.options.hard_links;
+    if is_narrow(state, &name) && !into {
+        return None;
+    }
+    match how {
         0 => remove(state, store, &name),
         1 => add_child(state, store, &name),
         2 => edit_header(state, store, &name),
         3 => replace(state, store, &name),
-        _ => rewrite_checkpoint(state, store, &name),
+        how => rewrite_checkpoint(state, store, &name, how == 5),
     }
 }
 
+/// Whether a call that is about to be made is about a member or its checkpoint file.
+fn is_touched(state: &State, name: &str) -> bool {
+    let (member, checkpoint) = (state.truth.layout.member(name), state.truth.layout.checkpoint(name));
+    let concerned = |path: &StorePath| *path == member || Some(path) == checkpoint.as_ref();
+    let calls = state.slots.iter().filter_map(|slot| slot.pending.as_ref());
+    calls.flat_map(|call| call.from.iter().chain([&call.path])).any(concerned)
+}
+
 /// Where a store cannot exchange names, nobody can notice what happens to a name in the very moment in which
-/// it is given another file: between the last look and the rename. Nothing happens then.
+/// it is given another file: between the last look and the rename. Names are left alone then.
 fn is_narrow(state: &State, name: &str) -> bool {
     let (member, checkpoint) = (state.truth.layout.member(name), state.truth.layout.checkpoint(name));
     let concerned = |path: &StorePath| *path == member || Some(path) == checkpoint.as_ref();
@@ -87,7 +106,7 @@ fn add_child(state: &mut State, store: &MemoryStore, name: &str) -> Option<Strin
         put(store, &checkpoint, &xml(&child, Some(name), 0));
     }
     put(store, &state.truth.layout.member(&child), &spec.build());
-    let mut member = Member::new(spec.view(&below));
+    let mut member = Member::new(spec.view(&below), 0);
     member.late = true;
     state.truth.members.insert(child.clone(), member);
     Some(format!("add {child} over {name}"))
@@ -142,15 +161,17 @@ fn settle(state: &mut State, name: &str, inode: u64, backing: Option<String>) {
 }
 
 /// The agent rewrites disk labels, in place or by another file.
-fn rewrite_checkpoint(state: &mut State, store: &MemoryStore, name: &str) -> Option<String> {
+fn rewrite_checkpoint(state: &mut State, store: &MemoryStore, name: &str, in_place: bool) -> Option<String> {
     let place = state.truth.layout.checkpoint(name)?;
     let (parent, stamp) = state.truth.checkpoint(store, name)?;
     let text = xml(name, parent.as_deref(), stamp + 1);
-    let how = if state.dice.once_in(2) {
+    let how = if in_place {
         let file = store.open_writable(&place).ok()?;
         file.set_length(0).unwrap();
         file.write_at(0, &text).unwrap();
         file.sync().unwrap();
+        // All file systems that there are make a file's last rename durable together with its bytes.
+        store.sync_dir(&place.parent()).unwrap();
         "in place"
     } else {
         let temporary = path("upload");

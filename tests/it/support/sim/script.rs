@@ -73,6 +73,8 @@ pub struct Gave {
     done: Vec<String>,
     /// Members that came back.
     back: Vec<String>,
+    /// The operations that did it.
+    operations: Vec<String>,
     pub recovered: Vec<Recovered>,
 }
 
@@ -96,7 +98,7 @@ pub fn act(world: &Arc<World>, slot: usize, action: &Action) -> Option<Gave> {
     if gave.as_ref().is_some_and(|gave| !gave.done.is_empty() || !gave.back.is_empty()) {
         let done = state.truth.check_claims(&world.memory, When::Instant);
         state.judge(done);
-        state.truth.claims_last();
+        state.truth.claims_last(&gave.as_ref().map(|gave| gave.operations.clone()).unwrap_or_default());
     }
     let done = state.truth.check(&world.memory, When::Instant);
     state.judge(done);
@@ -210,13 +212,14 @@ fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {
                 witness: Witness::None,
                 stubs: false,
             };
-            gave.done = delete(world, life, &site, targets, *mode, terms)?;
+            (gave.done, gave.operations) = delete(world, life, &site, targets, *mode, terms)?;
         }
         Action::Undo => {
             let last = history(&site)?.into_iter().rev().find(|done| done.undo_until.is_some());
             if let Some(last) = last {
                 let undone = undo(&site, last.operation.as_str(), Witness::None)?;
                 gave.back = undone.done.members.iter().map(name).collect();
+                gave.operations = vec![undone.operation.to_string()];
             }
         }
         Action::Recover => gave.recovered = recover(&site, Witness::None)?,
@@ -236,7 +239,7 @@ fn delete(
     targets: &[String],
     mode: ModeChoice,
     terms: Terms,
-) -> Result<Vec<String>> {
+) -> Result<(Vec<String>, Vec<String>)> {
     let stores = site.stores;
     let guard = begin(site, terms.witness)?;
     let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };
@@ -268,8 +271,9 @@ fn delete(
     };
     let report = run(&context, &guard)?;
     let good = report.outcomes.iter().filter(|one| one.status == Status::Done && one.error.is_none());
+    let operations = good.clone().map(|outcome| outcome.operation.clone()).collect();
     let members = good.flat_map(|outcome| &outcome.members);
-    Ok(members.map(|id| scan.graph.node(*id).key.path.file_name().to_owned()).collect())
+    Ok((members.map(|id| scan.graph.node(*id).key.path.file_name().to_owned()).collect(), operations))
 }
 
 /// What stands against the end of an operation although nobody else had a hand in it.

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use qchain::backend::Backend;
 use qchain::backend::memory::MemoryStore;
+use qchain::backend::{Backend, Identity};
 use qchain::ids::StorePath;
 use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
 
@@ -74,6 +74,11 @@ pub fn templates() -> &'static [Template] {
     TEMPLATES.get_or_init(|| (0..4 * SHAPES.len() * BITS.len()).map(template).collect())
 }
 
+/// Whose a member's file is, so that none is taken for another's.
+pub fn owner(number: usize) -> u32 {
+    1000 + u32::try_from(number).unwrap()
+}
+
 /// Where things lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout(pub StoreKind);
@@ -139,10 +144,14 @@ pub fn build(store: MemoryStore, layout: Layout, template: &Template) -> Arc<Mem
         capabilities: None,
     };
     put(&store, &path(".qchain/store.json"), &record.encode());
-    for member in &template.members {
+    for (number, member) in template.members.iter().enumerate() {
         let name = layout.member(&member.name);
         directory(&store, &name.parent());
         put(&store, &name, &member.bytes);
+        let file = store.open_writable(&name).unwrap();
+        let uid = owner(number);
+        file.set_identity(&Identity { uid, gid: uid, mode: 0o640, attributes: Vec::new() }).unwrap();
+        file.sync().unwrap();
         if let Some(checkpoint) = layout.checkpoint(&member.name) {
             directory(&store, &checkpoint.parent());
             put(&store, &checkpoint, &xml(&member.name, member.parent.as_deref(), 0));

@@ -7,7 +7,7 @@ use qchain::backend::{Backend, FileKind};
 use qchain::ids::StorePath;
 
 use super::image::{Layers, Version, bytes};
-use super::stage::{Layout, Template, path};
+use super::stage::{Layout, Made, Template, owner, path};
 
 /// Whether a name must be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub enum Foreign {
 #[expect(clippy::struct_excessive_bools, reason = "a list of independent facts")]
 pub struct Member {
     pub view: Vec<u8>,
+    /// Whose the file is.
+    uid: u32,
     pub presence: Presence,
     /// Deletes of it that are under way.
     pub open: u32,
@@ -49,9 +51,10 @@ pub struct Member {
 }
 
 impl Member {
-    pub fn new(view: Vec<u8>) -> Self {
+    pub fn new(view: Vec<u8>, uid: u32) -> Self {
         Self {
             view,
+            uid,
             presence: Presence::Must,
             open: 0,
             spoilt: false,
@@ -87,6 +90,8 @@ pub struct Truth {
     /// Whether there was a power cut at all: who announced himself and is forgotten never takes his number.
     cut: bool,
     claims: BTreeMap<StorePath, Seen>,
+    /// What each member read through when it was last seen.
+    over: BTreeMap<StorePath, StorePath>,
 }
 
 /// When a look is taken.
@@ -102,8 +107,10 @@ pub enum When {
 
 impl Truth {
     pub fn new(layout: Layout, template: &Template) -> Self {
-        let members =
-            template.members.iter().map(|made| (made.name.clone(), Member::new(made.view.clone()))).collect();
+        let member = |(number, made): (usize, &Made)| {
+            (made.name.clone(), Member::new(made.view.clone(), owner(number)))
+        };
+        let members = template.members.iter().enumerate().map(member).collect();
         Self {
             layout,
             members,
@@ -113,6 +120,7 @@ impl Truth {
             orderly: true,
             cut: false,
             claims: BTreeMap::new(),
+            over: BTreeMap::new(),
         }
     }
 
@@ -139,10 +147,18 @@ impl Truth {
 
     fn check_member(&mut self, store: &MemoryStore, name: &str, when: When) -> Result<(), String> {
         let place = self.layout.member(name);
-        let there = store.stat(&place).is_ok();
+        let found = store.stat(&place).ok();
+        let there = found.is_some();
         let orderly = self.orderly || when != When::Instant;
         let Some(member) = self.members.get_mut(name) else { return Ok(()) };
         match (there, member.presence) {
+            // Taken back, it may lose its name for an instant to an instance that was stopped right before its
+            // rename, and gives it back.
+            (false, Presence::Must)
+                if member.asked && when == When::Instant && is_kept(store, member.uid) =>
+            {
+                return Ok(());
+            }
             (false, Presence::Must) => return Err(format!("{name} is lost")),
             (true, Presence::Gone) => return Err(format!("{name} is back")),
             (false, _) => return Ok(()),
@@ -152,8 +168,11 @@ impl Truth {
             return Ok(());
         }
         // Between the switch and the end the file belongs to another name.
-        if member.in_place && member.presence == Presence::Either {
+        if member.in_place && member.presence == Presence::Either && when == When::Instant {
             return Ok(());
+        }
+        if let Some(found) = found.filter(|found| found.uid != member.uid) {
+            return Err(format!("{name} has the owner {}", found.uid));
         }
         let chain = match self.layers.chain(store, &place) {
             Ok(chain) => chain,
@@ -161,8 +180,19 @@ impl Truth {
             Err(_) if !orderly && member.presence == Presence::Either => return Ok(()),
             // Who comes while a name goes gets it back.
             Err(_) if (member.late || member.asked) && when == When::Instant => return Ok(()),
+            // As above: what reads through a member that was taken back is not there for that instant.
+            Err(broken) if when == When::Instant && self.undos_begun > 0 => {
+                return if self.comes_back(store, &broken) {
+                    Ok(())
+                } else {
+                    Err(format!("{name}: {broken}"))
+                };
+            }
             Err(broken) => return Err(format!("{name}: {broken}")),
         };
+        for pair in chain.paths.windows(2) {
+            self.over.insert(pair[0].clone(), pair[1].clone());
+        }
         if member.verified != chain.versions {
             if chain.view() != member.view {
                 let through: Vec<&str> = chain.paths.iter().map(StorePath::as_str).collect();
@@ -171,6 +201,14 @@ impl Truth {
             member.verified = chain.versions;
         }
         Ok(())
+    }
+
+    /// Whether what is missing is a member that was asked away, and is in trash.
+    fn comes_back(&self, store: &MemoryStore, broken: &str) -> bool {
+        let missing = broken.strip_suffix(" is missing").unwrap_or_default();
+        let mut members = self.members.iter().filter(|(_, member)| member.asked);
+        let missing = members.find(|(name, _)| self.layout.member(name).as_str() == missing);
+        missing.is_some_and(|(_, member)| is_kept(store, member.uid))
     }
 
     /// Who a checkpoint file names as parent, and its stamp.
@@ -192,7 +230,9 @@ impl Truth {
                 continue;
             }
             let Some((parent, stamp)) = found else {
-                if there && (member.presence == Presence::Must || when != When::Instant) {
+                // As with a member's own name.
+                let comes_back = member.asked && when == When::Instant && is_checkpoint_kept(store, name);
+                if there && !comes_back && (member.presence == Presence::Must || when != When::Instant) {
                     return Err(format!("the checkpoint file of {name} is lost"));
                 }
                 continue;
@@ -245,7 +285,8 @@ impl Truth {
         }
     }
 
-    /// Members whose view or checkpoint reads through a name now, itself included.
+    /// Members whose view or checkpoint reads through a name now, itself included. One whose name is gone for an
+    /// instant reads through what it did.
     pub fn above(&mut self, store: &MemoryStore, name: &str) -> BTreeSet<String> {
         let names: Vec<String> = self.members.keys().cloned().collect();
         let place = self.layout.member(name);
@@ -265,9 +306,14 @@ impl Truth {
                 if at == place {
                     found.insert(other.clone());
                 }
-                let Ok((_, layer)) = self.layers.layer(store, &at) else { break };
-                let Some(backing) = &layer.backing else { break };
-                at = at.parent().join(backing).unwrap();
+                let below = match self.layers.layer(store, &at) {
+                    Ok((_, layer)) => {
+                        layer.backing.as_ref().map(|backing| at.parent().join(backing).unwrap())
+                    }
+                    Err(_) => self.over.get(&at).cloned(),
+                };
+                let Some(below) = below else { break };
+                at = below;
             }
         }
         found
@@ -314,9 +360,16 @@ impl Truth {
         }
     }
 
-    /// All claims that are seen now are there for good: somebody was told that his operation is done.
-    pub fn claims_last(&mut self) {
-        self.claims.values_mut().for_each(|seen| seen.lasting = true);
+    /// The claims of these operations are there for good: somebody was told that they are done.
+    pub fn claims_last(&mut self, operations: &[String]) {
+        let last = |seen: &Seen| operations.iter().any(|id| claims(&seen.bytes, id));
+        self.claims.values_mut().filter(|seen| last(seen)).for_each(|seen| seen.lasting = true);
+    }
+
+    /// The names in a directory of claims were made durable, and the bytes have to be before.
+    pub fn claims_synced(&mut self, directory: &StorePath) {
+        let there = self.claims.iter_mut().filter(|(claim, _)| claim.parent() == *directory);
+        there.for_each(|(_, seen)| seen.lasting = true);
     }
 
     /// A power cut: claims that nobody was told of may be gone, and versions of files mean nothing.
@@ -327,6 +380,29 @@ impl Truth {
         self.layers.forget();
         self.members.values_mut().for_each(|member| member.verified.clear());
     }
+}
+
+/// Whether a file of that owner is in trash.
+fn is_kept(store: &MemoryStore, uid: u32) -> bool {
+    let trash = path(".qchain/trash");
+    let entries = store.read_dir(&trash).unwrap_or_default();
+    let mut files = entries.iter().filter_map(|entry| entry.path_in(&trash));
+    files.any(|file| store.stat(&file).is_ok_and(|found| found.uid == uid))
+}
+
+/// Whether a member's checkpoint file is in trash.
+fn is_checkpoint_kept(store: &MemoryStore, name: &str) -> bool {
+    let trash = path(".qchain/trash");
+    let own = format!("<domaincheckpoint>\n  <name>{name}</name>");
+    let entries = store.read_dir(&trash).unwrap_or_default();
+    let mut files = entries.iter().filter_map(|entry| entry.path_in(&trash));
+    files.any(|file| bytes(store, &file).is_some_and(|text| text.starts_with(own.as_bytes())))
+}
+
+/// Whether a claim's bytes are that operation's.
+fn claims(bytes: &[u8], operation: &str) -> bool {
+    let claim: Option<serde_json::Value> = serde_json::from_slice(bytes).ok();
+    claim.is_some_and(|claim| claim["operation"] == operation)
 }
 
 /// Nothing of qchain's is left but what is meant to last.

@@ -247,9 +247,9 @@ impl World {
             return DEAD;
         }
         state.note_call(life, &call);
-        let mutates = call.mutates;
+        let (mutates, syncs) = (call.mutates, call.name.starts_with("sync"));
         state.slots[life.slot].pending = Some(call);
-        let verdict = state.trouble(self, life, mutates);
+        let verdict = state.trouble(self, life, mutates, syncs);
         let mut state = self.hand_over(state, life.slot);
         state.slots[life.slot].pending = None;
         if state.is_alive(life) { verdict } else { DEAD }
@@ -275,7 +275,7 @@ impl World {
     }
 
     /// A call was made: what it did to names is looked at.
-    pub fn after(&self, call: &Call) {
+    pub fn after(&self, call: &Call, done_well: bool) {
         let own = |path: &StorePath| path.as_str().starts_with(".qchain/");
         let claims = call.path.as_str().starts_with(".qchain/generations/");
         let shown = !own(&call.path) || call.from.as_ref().is_some_and(|from| !own(from));
@@ -286,6 +286,9 @@ impl World {
         if claims {
             let done = state.truth.check_claims(&self.memory, When::Instant);
             state.judge(done);
+            if call.name == "sync_dir" && done_well {
+                state.truth.claims_synced(&call.path);
+            }
         }
         if shown {
             let done = state.truth.check(&self.memory, When::Instant);
@@ -407,12 +410,17 @@ impl State {
     }
 
     /// Something may go wrong with this call, or beside it.
-    fn trouble(&mut self, world: &World, life: Life, mutates: bool) -> Verdict {
+    fn trouble(&mut self, world: &World, life: Life, mutates: bool, syncs: bool) -> Verdict {
         if self.troubles.quiet > 0 {
             self.troubles.quiet -= u64::from(mutates);
             return Verdict::Go;
         }
-        let rate = if mutates { self.troubles.rate } else { self.troubles.rate * 8 };
+        // What was not made durable is worth the most right before it is.
+        let rate = match (mutates, syncs) {
+            (_, true) => self.troubles.rate.div_ceil(3),
+            (true, _) => self.troubles.rate,
+            (false, _) => self.troubles.rate * 8,
+        };
         if !self.dice.once_in(rate) {
             return Verdict::Go;
         }
