@@ -1,6 +1,10 @@
 """Puts all mutants of src/change into a copy of the tree, each behind a name; prints the names.
 
-Each mutant is a piece of text that stands exactly once, and what stands in its place; ON(x) is true if it is chosen."""
+Each mutant is a piece of text that stands exactly once, and what stands in its place; ON is true if it is chosen.
+
+Not among them, as what they do is done twice and the other is a mutant: the look at a departing member's file before readers are
+searched (it is compared again when its name goes: "aside-uncompared-*"), and that departures wait for their survivors' publication (a
+survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays."""
 import pathlib
 import sys
 
@@ -16,12 +20,15 @@ MUTANTS = [
     ("new-image-unsynced", C + "operation.rs", "        self.file.sync().map_err(at.failed(\"make durable the new file of\"))?;", "        if !ON { self.file.sync().map_err(at.failed(\"make durable the new file of\"))?; }"),
     ("kept-name-unsynced", C + "publication.rs", "    sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?;", "    if !ON { sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?; }"),
     ("published-unsynced", C + "decided.rs", "        if !self.synced.load(Ordering::Relaxed) {", "        if !ON && !self.synced.load(Ordering::Relaxed) {"),
-    ("departed-unsynced", C + "departure.rs", "    sync(site, operations, &due)?;\n    Ok(outcomes)", "    if !ON { sync(site, operations, &due)?; }\n    Ok(outcomes)"),
+    ("departed-unsynced", C + "departure.rs", "    sync(site, operations, &due)?;", "    if !ON { sync(site, operations, &due)?; }"),
     ("checkpoint-bytes-unsynced", C + "checkpoint.rs", "    file.sync().map_err(at.failed(\"make durable the new file of\"))", "    if ON { return Ok(()); }\n    file.sync().map_err(at.failed(\"make durable the new file of\"))"),
-    ("restored-unsynced", C + "publication.rs", "    sync_all(done.iter().map(|at| (at, at.key.path.parent())))", "    if ON { return Ok(()); }\n    sync_all(done.iter().map(|at| (at, at.key.path.parent())))"),
+    ("restored-unsynced", C + "publication.rs", "    sync_all(ats.iter().map(|at| (at, at.key.path.parent())))?;\n    for", "    if !ON { sync_all(ats.iter().map(|at| (at, at.key.path.parent())))?; }\n    for"),
     ("in-place-unsynced", C + "in_place.rs", "    file.sync().map_err(at.failed(\"make durable\"))?;\n    link(", "    if !ON { file.sync().map_err(at.failed(\"make durable\"))?; }\n    link("),
-    ("in-place-steps-unsynced", "src/qcow2/write/onto.rs", "        target.sync().map_err(|source| store_error(target, source))?;", "        if !ON { target.sync().map_err(|source| store_error(target, source))?; }"),
+    ("in-place-steps-unsynced", "src/qcow2/write/onto.rs", "    target.sync().map_err(|source| store_error(target, source))?;\n    Ok(written)", "    if !ON { target.sync().map_err(|source| store_error(target, source))?; }\n    Ok(written)"),
+    ("found-claim-unsynced", C + "decided.rs", "        if !self.is_lasting() {", "        if !ON && !self.is_lasting() {"),
     # Links and comparisons.
+    ("restore-not-used-up", C + "publication.rs", "            && named.id == kept.id\n        {\n            release(at, &restore.kept)?;", "            && named.id == kept.id\n            && !ON\n        {\n            release(at, &restore.kept)?;"),
+    ("checkpoint-unlooked-at", C + "checkpoint.rs", "            if stat(at, path)?.is_none_or(|now| !mark.is(&now)) {", "            if !ON && stat(at, path)?.is_none_or(|now| !mark.is(&now)) {"),
     ("not-kept", C + "keep.rs", "    match link(at.backend, name, kept) {", "    if ON { return Ok(Kept::Impossible); }\n    match link(at.backend, name, kept) {"),
     ("kept-uncompared", C + "keep.rs", "Some(found) if mark.is(&found) => Ok(Kept::Here)", "Some(found) if ON || mark.is(&found) => Ok(Kept::Here)"),
     ("published-uncompared-before", C + "publication.rs", "        Some(now) if publication.old.is(&now) => {}\n        _ => return give_up", "        Some(now) if ON || publication.old.is(&now) => {}\n        _ => return give_up"),
@@ -29,17 +36,23 @@ MUTANTS = [
     ("renamed-uncompared", C + "publication.rs", "    if *kept != Kept::Here {", "    if ON || *kept != Kept::Here {"),
     ("aside-uncompared-before", C + "departure.rs", "(Some(named), _) if !is(&named) => return Ok(false)", "(Some(named), _) if !ON && !is(&named) => return Ok(false)"),
     ("aside-uncompared-after", C + "departure.rs", "        Some(found) if !is(&found) => {\n            put_back", "        Some(found) if !ON && !is(&found) => {\n            put_back"),
-    ("departure-uncompared", C + "departure.rs", "Some(found) if !departure.is(&found) => Some(kept(", "Some(found) if !ON && !departure.is(&found) => Some(kept("),
-    ("sealed-uncompared", C + "operation.rs", "        if Stamp::from(&now) != self.stamp {", "        if !ON && Stamp::from(&now) != self.stamp {"),
     ("checkpoint-uncompared", C + "checkpoint.rs", "            Ok(file) => Ok(content(at, file.as_ref())?.0 == read),", "            Ok(file) => Ok(ON || content(at, file.as_ref())?.0 == read),"),
     # Looks and orders.
+    ("roots-forgotten", C + "tree.rs", "remembered(site, root)?.unwrap_or_else(", "remembered(site, root)?.filter(|_| !ON).unwrap_or_else("),
+    ("begun-on-unsettled", C + "standing.rs", "                    return Err(ChangeError::Busy { owner });", "                    if !ON { return Err(ChangeError::Busy { owner }); }"),
+    ("dead-not-taken-back", C + "standing.rs", "                    take_back(site, home, name)?;\n                    dead = true;", "                    if !ON { take_back(site, home, name)?; }\n                    dead = !ON;"),
+    ("no-look-again", C + "departure.rs", "        if ends || departure.becomes.is_some() || stat(", "        if ends || departure.becomes.is_some() || !ON && stat("),
+    ("checkpoint-not-back", C + "departure.rs", "            checkpoint_back(&one.at, one.departure)?;\n            Ok(kept(", "            if !ON { checkpoint_back(&one.at, one.departure)?; }\n            Ok(kept("),
+    ("departs-before-later", C + "standing.rs", "        for name in later.filter(|name| !site.is_settled", "        for name in later.filter(|name| !ON && !site.is_settled"),
+    ("sibling-taken-for-dead", C + "standing.rs", "            if is_undone || begun.contains(name)", "            if is_undone || !ON && begun.contains(name)"),
+    ("sibling-has-one-number", C + "standing.rs", "            return Ok(used.max(own) + 1);", "            return Ok(if ON { used } else { used.max(own) } + 1);"),
+    ("reads-what-is-lost", C + "publication.rs", "            None if lost =>", "            None if !ON && lost =>"),
     ("undone-departs", C + "departure.rs", "let undone = !departures.is_empty() && decided.is_undone()?;", "let undone = !ON && !departures.is_empty() && decided.is_undone()?;"),
-    ("undone-late-departs", C + "departure.rs", "    if decided.is_undone()? {\n        put_back", "    if !ON && decided.is_undone()? {\n        put_back"),
+    ("undone-late-departs", C + "departure.rs", "    if decided.is_undone()? {\n        come_again", "    if !ON && decided.is_undone()? {\n        come_again"),
     ("undone-is-unknown", C + "decided.rs", "    pub fn is_undone(&self) -> Result<bool> {", "    pub fn is_undone(&self) -> Result<bool> {\n        if ON { return Ok(false); }"),
     ("overtaken-is-unknown", C + "decided.rs", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {\n        if ON { return Ok(false); }"),
-    ("readers-unseen", C + "departure.rs", "match reader(site, &scan, &one.at.key, &gone) {", "match reader(site, &scan, &one.at.key, &gone).filter(|_| !ON) {"),
+    ("readers-unseen", C + "departure.rs", "match reader(site, scan, one, gone) {", "match reader(site, scan, one, gone).filter(|_| !ON) {"),
     ("no-second-look", C + "departure.rs", "    if went.is_empty() {", "    if ON || went.is_empty() {"),
-    ("survivors-unawaited", C + "departure.rs", "departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done))", "ON || departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done))"),
     ("leave-before-lasting", C + "departure.rs", "        due.iter().try_for_each(|one| one.decided.settle())?;", "        if !ON { due.iter().try_for_each(|one| one.decided.settle())?; }"),
     ("grace-ignored", C + "decided.rs", "        self.since_ns.saturating_add(self.commit.grace_ns)", "        if ON { return self.since_ns; }\n        self.since_ns.saturating_add(self.commit.grace_ns)"),
     ("retention-ignored", C + "recover.rs", "    if site.clock.wall_ns() < due && !extent.purge_all {", "    if !ON && site.clock.wall_ns() < due && !extent.purge_all {"),
@@ -48,7 +61,7 @@ MUTANTS = [
     ("checkpoints-first", C + "decided.rs", "        let published = publication::publish(self.site, self)?;", "        if ON { checkpoint::follow_all(self.site, self, &vec![Published::Done; self.commit.publications.len()])?; }\n        let published = publication::publish(self.site, self)?;"),
     ("taken-back-unclaimed", C + "operation.rs", "    match journal.decide(&claim) {\n        Ok(()) => {}\n        Err(ChangeError::Decided { tree, generation }) => match", "    match if ON { Ok(()) } else { journal.decide(&claim) } {\n        Ok(()) => {}\n        Err(ChangeError::Decided { tree, generation }) => match"),
     ("undo-over-later", C + "undo.rs", "    later(&journal, name, commit).map_err(refusal(name))?;", "    if !ON { later(&journal, name, commit).map_err(refusal(name))?; }"),
-    ("ended-before-purged", C + "purge.rs", "    let_go(site, &decided.commit, &mut findings)?;\n", "    if ON { end(site, &decided.journal()?, &decided.name)?; }\n    let_go(site, &decided.commit, &mut findings)?;\n"),
+    ("ended-before-purged", C + "purge.rs", "    let_go(site, &decided.commit, departed, &mut findings)?;\n", "    if ON { sweep::end(site, &decided.journal()?, &decided.name)?; }\n    let_go(site, &decided.commit, departed, &mut findings)?;\n"),
     ("tree-not-inherited", C + "operation.rs", "            tree::belong(self.site, root, self.tree())?;", "            if !ON { tree::belong(self.site, root, self.tree())?; }"),
     ("strangers-checkpoints-edited", "src/ops/delete/run.rs", "        if after.is_none() && has_member(context, &file)? {", "        if !ON && after.is_none() && has_member(context, &file)? {"),
     ("planned-unchecked", "src/ops/delete/merge.rs", "    context.cancel.check()?;\n    unchanged(stores, scan, merge, input)?;", "    context.cancel.check()?;\n    if !ON { unchanged(stores, scan, merge, input)?; }"),
