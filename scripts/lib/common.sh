@@ -70,6 +70,9 @@ package_of() {
         cc) echo gcc libc6-dev ;;
         git) echo git ;;
         strace) echo strace ;;
+        # Without the service that the whole server comes with.
+        mariadbd | mariadb-install-db) echo mariadb-server-core ;;
+        mariadb) echo mariadb-client-core ;;
         file) echo file ;;
         readelf | strip) echo binutils ;;
         *) die "no package is known for $1" ;;
