@@ -225,6 +225,9 @@ fn unfit(
     if !probed.is_some_and(|can| can.byte_range_locks && can.hard_links) {
         return say("the store's locks were not proved to be seen by others, or it has no hard links");
     }
+    if merge.merged.iter().any(|id| scan.member(*id).is_some_and(|member| member.stat.links > 1)) {
+        return say("a deleted member's file has another name");
+    }
     if merge.merged.iter().any(|id| scan.member(*id).is_some_and(|member| member.locks.any)) {
         return say("somebody has a deleted member open");
     }

@@ -128,7 +128,8 @@ impl<'a> Check<'a> {
         if member.temporary {
             return Err(self.refuse(member, Code::NotDeletable, "it is CloudStack's own temporary file"));
         }
-        self.usable(id)?;
+        self.readable(id)?;
+        self.one_name(id, member, true)?;
         self.given_up(member)?;
         self.hidden_children(id, member)
     }
@@ -136,6 +137,28 @@ impl<'a> Check<'a> {
     /// A member whose file is read whole and replaced or dropped: readable, settled, one name, nothing inside
     /// that a merge would lose.
     fn usable(&self, id: NodeId) -> Result<()> {
+        self.readable(id)?;
+        self.one_name(id, self.member(id)?, false)
+    }
+
+    /// A merge in place gives its survivor the deleted member's file, which has both names for a while, and for
+    /// good if somebody came to read through it. Such a name alone may go later (`goes`).
+    fn one_name(&self, id: NodeId, member: &Member, goes: bool) -> Result<()> {
+        let twin = |other: &Member| other.stat.id == member.stat.id;
+        let leaving = |other: &NodeId| *other != id && self.scan.member(*other).is_some_and(twin);
+        let names = || self.scan.members.iter().filter(|other| twin(other)).count() as u64;
+        if member.stat.links <= 1
+            || self.request.leaving.iter().any(leaving)
+            || goes && names() == member.stat.links
+        {
+            return Ok(());
+        }
+        let message = "the file has a second name, under which its old content would stay";
+        Err(self.refuse(member, Code::HardLinked, message))
+    }
+
+    /// Settled, and nothing inside that a merge would lose.
+    fn readable(&self, id: NodeId) -> Result<()> {
         let member = self.member(id)?;
         if let Some((code, message)) = member.reading.fault() {
             return Err(self.refuse(member, code, message));
@@ -147,13 +170,6 @@ impl<'a> Check<'a> {
                 Code::Incoming,
                 format!("still being made: {}", incoming.reason()),
             ));
-        }
-        // A merge in place gives its survivor the deleted member's file, which has both names for a while.
-        let twin =
-            |other: &NodeId| self.scan.member(*other).is_some_and(|twin| twin.stat.id == member.stat.id);
-        if member.stat.links > 1 && !self.request.leaving.iter().any(|other| *other != id && twin(other)) {
-            let message = "the file has a second name, under which its old content would stay";
-            return Err(self.refuse(member, Code::HardLinked, message));
         }
         let header = member.reading.header();
         if header.is_some_and(|header| header.snapshots > 0) {
