@@ -178,7 +178,11 @@ fn reader(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>)
 fn let_go_unread(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>) -> Result<Departed> {
     match reader(site, scan, one, gone) {
         Some(child) => {
-            checkpoint_back(&one.at, one.departure)?;
+            match one.departure.stub {
+                // Whoever put the stub there died before the second look.
+                Some(_) => come_again(one)?,
+                None => checkpoint_back(&one.at, one.departure)?,
+            }
             Ok(kept(Code::Kept, &one.at, &format!("{child} reads through it now")))
         }
         None => let_go(one),
@@ -205,7 +209,7 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
     }
     // Stopped between the look and the rename, it gives the name back.
     if decided.is_undone()? {
-        come_again(at, departure)?;
+        name_back(at, departure)?;
         return Ok(Departed::Gone);
     }
     if let Some(file @ KeptFile { path, kept, .. }) = &departure.checkpoint
@@ -215,7 +219,7 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
         let inode = found.id.inode;
         put_aside(at, path, kept, |found| inode == found.id.inode)?;
         if decided.is_undone()? {
-            come_again(at, departure)?;
+            name_back(at, departure)?;
             put_back(at, path, kept)?;
         }
     }
@@ -248,8 +252,18 @@ fn put_aside(at: &At<'_>, name: &StorePath, kept: &StorePath, is: impl Fn(&Stat)
     }
 }
 
+/// Gives a deleted member its name back, and its checkpoint file.
+fn come_again(one: &Due<'_, '_>) -> Result<()> {
+    let Due { decided, departure, at, .. } = one;
+    match departure.becomes.and_then(|index| decided.commit.publications.get(index)) {
+        None => name_back(at, departure)?,
+        Some(publication) => name_again(at, publication, departure)?,
+    }
+    checkpoint_back(at, departure)
+}
+
 /// Gives a deleted member its name back, if that is free or its stub's.
-fn come_again(at: &At<'_>, departure: &Departure) -> Result<()> {
+fn name_back(at: &At<'_>, departure: &Departure) -> Result<()> {
     if let Some(stub) = &departure.stub {
         stand_down(at, departure, stub, None)?;
     }
@@ -334,12 +348,7 @@ fn come_back(
         if orphan.is_none() && !needed {
             continue;
         }
-        let departure = one.departure;
-        match departure.becomes.and_then(|index| one.decided.commit.publications.get(index)) {
-            None => come_again(&one.at, departure)?,
-            Some(publication) => name_again(&one.at, publication, departure)?,
-        }
-        checkpoint_back(&one.at, departure)?;
+        come_again(one)?;
         back.insert(one.at.key.clone());
         let child = orphan.map(|id| site.stores.display(&scan.graph.node(id).key));
         let child = child.unwrap_or_else(|| "a member that came back".to_owned());

@@ -68,6 +68,10 @@ fn after_exchange(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<boo
             }
             Ok(true)
         }
+        // Another instance had exchanged them, and ours took that back: the member has its name.
+        Some(found) if stub.is(&found) && stat(at, &departure.at.path)?.is_none_or(|now| !stub.is(&now)) => {
+            Ok(false)
+        }
         // Both names are one file: a redo of a link.
         Some(found) if stub.is(&found) => {
             release(at, &stub.from)?;
@@ -84,25 +88,26 @@ fn after_exchange(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<boo
 /// Where names cannot be exchanged.
 fn rename_over(at: &At<'_>, departure: &Departure, stub: &Stub, has_other_name: bool) -> Result<bool> {
     let name = &departure.at.path;
-    if !has_other_name {
+    if has_other_name {
+        match stat(at, name)? {
+            Some(found) if departure.is(&found) => {}
+            Some(_) => return Ok(false),
+            None => {
+                release(at, &stub.from)?;
+                return Ok(true);
+            }
+        }
+    } else {
         // A file can have one name only: for a moment nothing has this one.
         match take_name(at.backend, name, &departure.kept) {
             Ok(()) | Err(BackendError::NotFound { .. }) => {}
             Err(source) => return Err(at.failed("put aside")(source)),
         }
-    } else if !stat(at, name)?.is_some_and(|found| departure.is(&found)) {
-        return stand_in_later(at, stub);
     }
     match take_name(at.backend, &stub.from, name) {
         Ok(()) | Err(BackendError::NotFound { .. }) => Ok(true),
         Err(source) => Err(at.failed("put a stub in the place of")(source)),
     }
-}
-
-/// The name changed right before: it is left as it is.
-fn stand_in_later(at: &At<'_>, stub: &Stub) -> Result<bool> {
-    release(at, &stub.from)?;
-    Ok(true)
 }
 
 /// Takes a stub away again: the member's file comes back to its name, from trash, or for one that was merged

@@ -330,6 +330,45 @@ fn what_stubs_stand_on_goes_too(zone: &Zone, database: &MariaDb) {
 }
 
 #[test]
+fn a_child_that_came_before_the_second_look_gets_its_member_back() {
+    let database = MariaDb::start();
+    let zone = branched(STATES);
+    zone.init();
+    zone.fill(&database);
+    let before = fs::metadata(zone.file(1)).unwrap().ino();
+    zone.run(&[
+        "reclaim",
+        "--database",
+        &database.url(),
+        "--now",
+        "--yes",
+        "--grace",
+        "0s",
+        "--retention",
+        "1h",
+        "--mode",
+        "copy",
+    ]);
+    assert_ne!(fs::metadata(zone.file(1)).unwrap().ino(), before, "the stub has the name");
+    zone.run(&["recover"]);
+    assert_ne!(fs::metadata(zone.file(1)).unwrap().ino(), before, "nobody reads it");
+    // As if its maker had died before it: somebody came meanwhile, whose increment is one of the member.
+    let trash = zone.root(0).join(".qchain/trash");
+    let looked = |path: &PathBuf| text(path).ends_with(".looked-again");
+    let notes: Vec<PathBuf> =
+        fs::read_dir(trash).unwrap().map(|entry| entry.unwrap().path()).filter(looked).collect();
+    assert_eq!(notes.len(), 1);
+    fs::remove_file(&notes[0]).unwrap();
+    let name = zone.file(1).file_name().unwrap().to_str().unwrap().to_owned();
+    let late = zone.file(1).with_file_name("late");
+    must("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &name, text(&late)]);
+    zone.run(&["recover"]);
+    assert_eq!(fs::metadata(zone.file(1)).unwrap().ino(), before);
+    assert_true(&late, &zone.truth(1), "through the member");
+    zone.assert_views("the member is back");
+}
+
+#[test]
 fn rows_that_changed_stop_their_merge() {
     let database = MariaDb::start();
     let zone = branched(STATES);

@@ -1,4 +1,5 @@
-//! What may be deleted (design, sections 1 and 5). Pure: a scan and a request in, merges or a refusal out.
+//! What may be deleted (design, sections 1 and 5): a scan and a request in, merges or a refusal out. Reads nothing
+//! but the tables of stubs, to see that they are empty.
 
 use std::collections::BTreeSet;
 
