@@ -1,20 +1,15 @@
 """Makes a store of many members and measures `qchain list`. Run through scripts/bench list."""
 
-import argparse
 import json
 import os
 import shutil
 import time
 
 from bench_common import describe, drop_caches, machine, measured, save
-from bench_store import CHAIN, make, pattern_of
+from bench_store import CHAIN, arguments, make, pattern_of
 
 def main():
-    parser = argparse.ArgumentParser()
-    for name in ("qchain", "mount", "json", "command"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--members", type=int, required=True)
-    options = parser.parse_args()
+    options = arguments()
 
     facts = machine()
     describe(facts)

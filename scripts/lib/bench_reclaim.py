@@ -1,13 +1,12 @@
 """Makes a store of many members with rows, every other one Hidden, and measures what `qchain reclaim` needs to plan. Run through
 scripts/bench reclaim."""
 
-import argparse
 import json
 import os
 import subprocess
 
 from bench_common import describe, drop_caches, machine, measured, save
-from bench_store import CHAIN, make, pattern_of
+from bench_store import CHAIN, arguments, make, pattern_of
 
 URL = "nfs://192.0.2.1/export/sec1"
 COLUMNS = "store_uuid store_url store_role snapshot_id snapshot_uuid snapshot_name account_id volume_id hypervisor_type snapshot_status ref_state install_path parent_snapshot_id end_of_chain size physical_size kvm_checkpoint_path created"
@@ -28,11 +27,7 @@ def write_rows(path, members):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    for name in ("qchain", "mount", "json", "command"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--members", type=int, required=True)
-    options = parser.parse_args()
+    options = arguments()
 
     facts = machine()
     describe(facts)

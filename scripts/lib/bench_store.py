@@ -1,5 +1,6 @@
 """A large store of small chains, in CloudStack's layout. For the measuring scripts."""
 
+import argparse
 import os
 import random
 import struct
@@ -77,3 +78,12 @@ def make(store, members, images, offset):
             parent = name
             made.append((2 + volume // VOLUMES, volume, name, at))
     return made
+
+
+def arguments():
+    """What scripts/bench gives to whatever measures such a store."""
+    parser = argparse.ArgumentParser()
+    for name in ("qchain", "mount", "json", "command"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--members", type=int, required=True)
+    return parser.parse_args()

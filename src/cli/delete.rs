@@ -5,15 +5,11 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::merges::Shown;
-use super::operations::held_bytes;
-use super::{members, metrics, records_file, values};
+use super::merges::{Manner, Shown, exit, nanoseconds, start};
+use super::{members, metrics, records_file};
 use crate::change::leaving::leaving;
-use crate::change::{Guard, Site};
-use crate::failure::Failure;
 use crate::ops::OpError;
-use crate::ops::delete::{self, ModeChoice, Plan, Report, Request, Terms};
-use crate::ops::recover::begin;
+use crate::ops::delete::{self, Report, Request, Terms};
 use crate::store::names;
 
 /// Flags of `delete`.
@@ -26,15 +22,6 @@ pub struct Args {
     /// Print the plan and stop
     #[arg(long)]
     dry_run: bool,
-    /// Do not wait until files without checkpoint have been left alone for the settle time
-    #[arg(long)]
-    now: bool,
-    /// How to move data
-    #[arg(long, value_enum, default_value = "auto")]
-    mode: Mode,
-    /// How many trees are worked on at once [default: limits.jobs]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    jobs: Option<u16>,
     /// CloudStack's rows, from scripts/export-records.sql
     #[arg(long, value_name = "FILE")]
     records: Option<PathBuf>,
@@ -50,18 +37,8 @@ pub struct Args {
     /// Build and prove everything, report, and throw it away
     #[arg(long, conflicts_with = "dry_run")]
     rehearse: bool,
-    /// How long deleted members keep their names [default: `safety.reader_grace`]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
-    grace: Option<Duration>,
-    /// How long old files are kept for an undo [default: safety.retention]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
-    retention: Option<Duration>,
-    /// The most bytes that are copied a second [default: limits.rate]
-    #[arg(long, value_name = "RATE", value_parser = values::rate)]
-    rate: Option<u64>,
-    /// Do not ask
-    #[arg(long)]
-    yes: bool,
+    #[command(flatten)]
+    manner: Manner,
     #[command(flatten)]
     pub metrics: metrics::Args,
 }
@@ -71,19 +48,6 @@ impl Args {
     pub fn changes(&self) -> bool {
         !self.dry_run && !self.rehearse
     }
-}
-
-/// How to move data.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-pub enum Mode {
-    /// The cheapest that works
-    Auto,
-    /// By sharing extents
-    Clone,
-    /// By writing into the lowest deleted member, which cannot be undone
-    InPlace,
-    /// By copying
-    Copy,
 }
 
 /// Plans, asks, deletes.
@@ -97,16 +61,16 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let given = members::expand(&args.members)?;
     let records = args.records.as_deref().map(records_file::read).transpose()?;
     let site = context.site(&stores);
-    site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
+    site.pace.set(args.manner.rate(context));
     // What was interrupted comes first: it may be about the same members.
     let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
-    let scan = context.scan(&stores, args.now)?;
+    let scan = context.scan(&stores, args.manner.now)?;
     let leaving = leaving(&site, &scan).map_err(OpError::from)?;
     let request = Request {
         leaving,
         in_place: context.in_place(),
         targets: names::resolve_all(&stores, &scan, &given)?,
-        mode: mode(args.mode),
+        mode: args.manner.mode(),
         records: records.as_ref(),
         assume_deleted: args.assume_deleted,
         end_of_chain: args.end_of_chain,
@@ -116,16 +80,15 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     };
     context.progress().phase("planning", 0);
     let plan = delete::plan(&stores, &scan, &request)?;
-    let grace = args.grace.or(context.settings.safety.reader_grace.0);
-    let grace = grace.unwrap_or_else(|| default_grace(&plan));
-    let retention = args.retention.unwrap_or(context.settings.safety.retention.0);
+    let grace = args.manner.grace(context, &plan, Duration::ZERO);
+    let retention = args.manner.retention(context);
     let shown =
         Shown { stores: &stores, scan: &scan, plan: &plan, grace, retention, rehearse: args.rehearse };
     let Some(guard) = guard else {
         context.print(&shown.document(&Report::default()), |out| shown.write_plan(out))?;
         return Ok(exit(plan.trees.iter().find_map(|tree| tree.refusal.as_ref())));
     };
-    context.confirm(&shown.plan_text(), args.yes)?;
+    context.confirm(&shown.plan_text(), args.manner.yes)?;
     let work = delete::Context {
         site: &site,
         terms: Terms {
@@ -138,7 +101,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         stores: &stores,
         scan: &scan,
         plan: &plan,
-        jobs: args.jobs.map_or(context.settings.limits.jobs, usize::from),
+        jobs: args.manner.jobs(context),
         force: args.force,
         gate: None,
         progress: context.progress(),
@@ -148,43 +111,10 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     context.note_freed(report.outcomes.iter().map(|outcome| outcome.bytes_freed_now).sum());
     context.print(&shown.document(&report), |out| {
         // Whoever was asked has seen it.
-        if args.yes {
+        if args.manner.yes {
             shown.write_plan(out)?;
         }
         shown.write_results(out, &report)
     })?;
     Ok(exit(report.first_failure()))
-}
-
-/// What every change begins with; what it frees counts as freed by this run.
-pub fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
-    let held = held_bytes(site);
-    let guard = begin(site, context.witness())?;
-    context.note_freed(held.saturating_sub(held_bytes(site)));
-    Ok(guard)
-}
-
-/// What `auto` means: readers on other hosts of a network mount cannot be seen.
-pub fn default_grace(plan: &Plan) -> Duration {
-    let network = plan.capabilities.values().any(|can| can.network);
-    if network { Duration::from_mins(15) } else { Duration::ZERO }
-}
-
-pub fn nanoseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// The same for a request.
-pub fn mode(mode: Mode) -> ModeChoice {
-    match mode {
-        Mode::Auto => ModeChoice::Auto,
-        Mode::Clone => ModeChoice::Clone,
-        Mode::InPlace => ModeChoice::InPlace,
-        Mode::Copy => ModeChoice::Copy,
-    }
-}
-
-/// What a failure exits with.
-pub fn exit(failure: Option<&OpError>) -> Exit {
-    failure.map_or(Exit::DONE, |error| Exit::from(error.kind()))
 }

@@ -1,4 +1,4 @@
-//! How a plan of merges and its results are shown: by `delete` and `reclaim`.
+//! What `delete` and `reclaim` share: the flags of a merge, how it begins, how its plan and results are shown.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -7,13 +7,95 @@ use std::time::Duration;
 use humantime::format_duration;
 use serde::Serialize;
 
-use super::operations::short;
+use super::context::Context;
+use super::error::{Exit, Result};
+use super::operations::{held_bytes, short};
 use super::output::{ErrorBody, human, time};
+use super::values;
 use crate::chain::graph::NodeId;
+use crate::change::{Guard, Site};
 use crate::failure::{Failure, with_causes};
-use crate::ops::delete::{self, Entry, Outcome, Plan, Report, TreePlan};
+use crate::ops::OpError;
+use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, TreePlan};
+use crate::ops::recover::begin;
 use crate::store::Stores;
 use crate::store::scan::Scan;
+
+/// Flags of whatever merges.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+pub struct Manner {
+    /// Do not wait until files without checkpoint have been left alone for the settle time
+    #[arg(long)]
+    pub now: bool,
+    /// How to move data
+    #[arg(long, value_enum, default_value = "auto")]
+    mode: Mode,
+    /// How many trees are worked on at once [default: limits.jobs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: Option<u16>,
+    /// How long deleted members keep their names [default: `safety.reader_grace`, with stubs at least 1 min]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    grace: Option<Duration>,
+    /// How long old files are kept for an undo [default: safety.retention]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    retention: Option<Duration>,
+    /// The most bytes that are copied a second [default: limits.rate]
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    rate: Option<u64>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+impl Manner {
+    /// How data is moved.
+    pub fn mode(&self) -> ModeChoice {
+        match self.mode {
+            Mode::Auto => ModeChoice::Auto,
+            Mode::Clone => ModeChoice::Clone,
+            Mode::InPlace => ModeChoice::InPlace,
+            Mode::Copy => ModeChoice::Copy,
+        }
+    }
+
+    /// How many trees are worked on at once.
+    pub fn jobs(&self, context: &Context) -> usize {
+        self.jobs.map_or(context.settings.limits.jobs, usize::from)
+    }
+
+    /// Bytes a second, 0 for no limit.
+    pub fn rate(&self, context: &Context) -> u64 {
+        self.rate.unwrap_or(context.settings.limits.rate.0)
+    }
+
+    /// How long deleted members keep their names. By default at least `least`, and as long as readers on other hosts
+    /// of a network mount may take, who cannot be seen.
+    pub fn grace(&self, context: &Context, plan: &Plan, least: Duration) -> Duration {
+        self.grace.or(context.settings.safety.reader_grace.0).unwrap_or_else(|| {
+            let network = plan.capabilities.values().any(|can| can.network);
+            if network { Duration::from_mins(15).max(least) } else { least }
+        })
+    }
+
+    /// How long old files are kept after that.
+    pub fn retention(&self, context: &Context) -> Duration {
+        self.retention.unwrap_or(context.settings.safety.retention.0)
+    }
+}
+
+/// How to move data.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Mode {
+    /// The cheapest that works
+    Auto,
+    /// By sharing extents
+    Clone,
+    /// By writing into the lowest deleted member, which cannot be undone
+    InPlace,
+    /// By copying
+    Copy,
+}
 
 /// What `--json` shows.
 #[derive(Serialize)]
@@ -259,4 +341,21 @@ fn write_kept(out: &mut dyn Write, report: &Report) -> io::Result<()> {
         writeln!(out, "{held} are kept until {until}; until then qchain undo {id} takes it back")?;
     }
     Ok(())
+}
+
+/// What every change begins with; what it frees counts as freed by this run.
+pub fn start(context: &Context, site: &Site<'_>) -> Result<Guard> {
+    let held = held_bytes(site);
+    let guard = begin(site, context.witness())?;
+    context.note_freed(held.saturating_sub(held_bytes(site)));
+    Ok(guard)
+}
+
+pub fn nanoseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// What a failure exits with.
+pub fn exit(failure: Option<&OpError>) -> Exit {
+    failure.map_or(Exit::DONE, |error| Exit::from(error.kind()))
 }

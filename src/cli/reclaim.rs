@@ -3,25 +3,23 @@
 mod ledger;
 mod source;
 
-use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::context::Context;
-use super::delete::{Mode, default_grace, exit, mode, nanoseconds, start};
 use super::error::{CliError, Exit, Result};
-use super::merges::{self, Shown};
+use super::merges::{self, Manner, Shown, exit, nanoseconds, start};
 use super::output::human;
 use super::{metrics, output, values};
-use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
 use crate::change::{Guard, Site};
 use crate::failure::{Code, Failure};
 use crate::ops::OpError;
-use crate::ops::delete::{self, Plan, Report, Request, Terms, select};
+use crate::ops::delete::{self, Plan, Report, Request, Terms, plan_worth, selectable};
 use crate::ops::reclaim::{Bounds, Found, find};
 use crate::store::Stores;
 use crate::store::rows::RowMap;
@@ -59,27 +57,8 @@ pub struct Args {
     /// Print the plan and stop
     #[arg(long)]
     dry_run: bool,
-    /// Do not wait until files without checkpoint have been left alone for the settle time
-    #[arg(long)]
-    now: bool,
-    /// How to move data
-    #[arg(long, value_enum, default_value = "auto")]
-    mode: Mode,
-    /// How many trees are worked on at once [default: limits.jobs]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    jobs: Option<u16>,
-    /// How long deleted members keep their names [default: `safety.reader_grace`, with stubs at least 1 min]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
-    grace: Option<Duration>,
-    /// How long old files are kept for an undo [default: safety.retention]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
-    retention: Option<Duration>,
-    /// The most bytes that are copied a second [default: limits.rate]
-    #[arg(long, value_name = "RATE", value_parser = values::rate)]
-    rate: Option<u64>,
-    /// Do not ask
-    #[arg(long)]
-    yes: bool,
+    #[command(flatten)]
+    manner: Manner,
     #[command(flatten)]
     pub metrics: metrics::Args,
 }
@@ -124,7 +103,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let stores = context.stores()?;
     stores.check_writable()?;
     let site = context.site(&stores);
-    site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
+    site.pace.set(args.manner.rate(context));
     let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
     let source = Source::open(args.records.as_deref(), args.database.as_deref())?;
     // What an earlier run left.
@@ -133,7 +112,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     } else {
         Vec::new()
     };
-    let scan = context.scan(&stores, args.now)?;
+    let scan = context.scan(&stores, args.manner.now)?;
     let records = source.records()?;
     let leaving = leaving(&site, &scan).map_err(OpError::from)?;
     let map = RowMap::new(&stores, &scan, &records);
@@ -142,7 +121,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     findings.extend(late);
     let mut request = Request {
         targets,
-        mode: mode(args.mode),
+        mode: args.manner.mode(),
         records: Some(&records),
         dry_run: args.dry_run,
         in_place: context.in_place(),
@@ -155,7 +134,17 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let mut plan = plan_worth(&stores, &scan, &mut request, &mut findings)?;
     bound(&stores, &scan, &mut plan, args.limit_bytes, &mut findings);
     let deadline = args.max_duration.and_then(|limit| begun.checked_add(limit));
-    let ledger = Ledger::new(&site, &source, &records, &map, &scan, &plan, args.rows).until(deadline);
+    let ledger = Ledger {
+        site: &site,
+        source: &source,
+        records: &records,
+        map: &map,
+        scan: &scan,
+        plan: &plan,
+        rows: args.rows,
+        deadline,
+        made: Mutex::default(),
+    };
     let work = Work { site: &site, scan: &scan, plan: &plan, ledger: &ledger };
     match guard {
         Some(guard) if !plan.trees.is_empty() => merge(context, args, &work, &guard, findings),
@@ -173,14 +162,13 @@ struct Work<'a> {
 
 impl Work<'_> {
     fn shown(&self, context: &Context, args: &Args) -> Shown<'_> {
-        let grace = args.grace.or(context.settings.safety.reader_grace.0);
         let least = if args.rows == Rows::Untouched { STUB_GRACE } else { Duration::ZERO };
         Shown {
             stores: self.site.stores,
             scan: self.scan,
             plan: self.plan,
-            grace: grace.unwrap_or_else(|| default_grace(self.plan).max(least)),
-            retention: args.retention.unwrap_or(context.settings.safety.retention.0),
+            grace: args.manner.grace(context, self.plan, least),
+            retention: args.manner.retention(context),
             rehearse: false,
         }
     }
@@ -211,7 +199,7 @@ fn merge(
     mut findings: Vec<Finding>,
 ) -> Result<Exit> {
     let shown = work.shown(context, args);
-    context.confirm(&shown.plan_text(), args.yes)?;
+    context.confirm(&shown.plan_text(), args.manner.yes)?;
     let run = delete::Context {
         site: work.site,
         terms: Terms {
@@ -224,7 +212,7 @@ fn merge(
         stores: work.site.stores,
         scan: work.scan,
         plan: work.plan,
-        jobs: args.jobs.map_or(context.settings.limits.jobs, usize::from),
+        jobs: args.manner.jobs(context),
         force: false,
         gate: Some(work.ledger),
         progress: context.progress(),
@@ -236,7 +224,7 @@ fn merge(
     let rows = work.ledger.made();
     let document = Document { merges: shown.document(&report), rows: &rows, findings: &findings };
     context.print(&document, |out| {
-        if args.yes {
+        if args.manner.yes {
             shown.write_plan(out)?;
         }
         shown.write_results(out, &report)?;
@@ -244,90 +232,6 @@ fn merge(
         output::findings(out, &findings)
     })?;
     Ok(exit(report.first_failure()))
-}
-
-/// The targets that can be merged away. What stands against one is told, and the rest of its tree goes on
-/// without it.
-fn selectable(
-    stores: &Stores,
-    scan: &Scan,
-    request: &Request<'_>,
-    findings: &mut Vec<Finding>,
-) -> Vec<NodeId> {
-    let mut trees: std::collections::BTreeMap<usize, Vec<NodeId>> = std::collections::BTreeMap::new();
-    for target in &request.targets {
-        trees.entry(scan.graph.tree_of(*target)).or_default().push(*target);
-    }
-    let name = |id: NodeId| stores.display(&scan.graph.node(id).key);
-    let mut good = Vec::new();
-    for mut targets in trees.into_values() {
-        while !targets.is_empty() {
-            let Err(error) = select(stores, scan, request, &targets) else { break };
-            let about = error.member().unwrap_or_default().to_owned();
-            findings.push(Finding { member: about.clone(), code: error.code(), message: error.to_string() });
-            let before = targets.len();
-            // It is about a target, or about one that a target would be merged into or stands on.
-            let near = |id: &NodeId| {
-                name(*id) == about || scan.graph.children(*id).iter().any(|child| name(*child) == about)
-            };
-            targets.retain(|id| !near(id));
-            if targets.len() == before {
-                targets.clear();
-            }
-        }
-        good.extend(targets);
-    }
-    good
-}
-
-/// Plans what gives space back: a member that several survivors read may take more as their copies.
-fn plan_worth(
-    stores: &Stores,
-    scan: &Scan,
-    request: &mut Request<'_>,
-    findings: &mut Vec<Finding>,
-) -> Result<Plan> {
-    loop {
-        if request.targets.is_empty() {
-            return Ok(Plan::default());
-        }
-        let plan = delete::plan(stores, scan, request)?;
-        let useless = without_gain(&plan);
-        if useless.is_empty() {
-            return Ok(plan);
-        }
-        for id in &useless {
-            let member = stores.display(&scan.graph.node(*id).key);
-            let message = "merging it into its children would take more space than it gives back".to_owned();
-            findings.push(Finding { member, code: Code::NoGain, message });
-        }
-        request.targets.retain(|id| !useless.contains(id));
-    }
-}
-
-/// The members that give nothing back, together with those that are merged with them.
-fn without_gain(plan: &Plan) -> BTreeSet<NodeId> {
-    let mut useless = BTreeSet::new();
-    for tree in &plan.trees {
-        // Entries that share a member hang together.
-        let mut groups: Vec<(BTreeSet<NodeId>, u64, u64)> = Vec::new();
-        for entry in &tree.entries {
-            let members: BTreeSet<NodeId> = entry.members.iter().copied().collect();
-            let mut joined = (members, entry.bytes_to_free, entry.bytes_to_take);
-            let (touching, apart): (Vec<_>, Vec<_>) =
-                groups.into_iter().partition(|group| !group.0.is_disjoint(&joined.0));
-            for (members, freed, taken) in touching {
-                joined.0.extend(members);
-                joined.1 += freed;
-                joined.2 += taken;
-            }
-            groups = apart;
-            groups.push(joined);
-        }
-        useless
-            .extend(groups.into_iter().filter(|(_, freed, taken)| freed <= taken).flat_map(|group| group.0));
-    }
-    useless
 }
 
 /// The trees that give back most for what they write come first; what is behind the limit is left.

@@ -10,9 +10,9 @@ use qchain::backend::posix::PosixStore;
 use qchain::change::{Guard, Site, SystemClock};
 use qchain::failure::{Code, Failure, Kind};
 use qchain::ids::StoreId;
-use qchain::ops::delete::{Context, ModeChoice, Report, Request, Status, Terms, plan, run};
+use qchain::ops::delete::{ModeChoice, Report, Request, Status, Terms, plan, run};
 use qchain::ops::{OpError, Result};
-use qchain::progress::{Cancel, Silent};
+use qchain::progress::Cancel;
 use qchain::store::chain::OpenChain;
 use qchain::store::record::{StoreKind, StoreRecord, ZoneStore};
 use qchain::store::{Store, StoreConfig, Stores, names};
@@ -21,7 +21,7 @@ use qchain::units::GuestOffset;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{io, must, text};
 use super::support::store::{
-    LEASE, backing, delete, delete_well, files, init, left, open, owner_and_mode, scan,
+    LEASE, backing, context, delete, delete_well, files, init, left, open, owner_and_mode, scan,
 };
 
 const SIZE: u64 = 1 << 20;
@@ -104,23 +104,7 @@ fn delete_while(stores: &Stores, members: &[&str], meanwhile: impl FnOnce()) -> 
     let guard = Guard::take(stores).map_err(OpError::from)?;
     let cancel = Cancel::default();
     let site = Site::new(stores, &SystemClock, &cancel, LEASE);
-    let (progress, jobs, force, terms) = (&Silent, 3, false, Terms::default());
-    let cancel = &cancel;
-    run(
-        &Context {
-            site: &site,
-            stores,
-            scan: &scan,
-            plan: &plan,
-            jobs,
-            force,
-            terms,
-            gate: None,
-            progress,
-            cancel,
-        },
-        &guard,
-    )
+    run(&context(&site, &scan, &plan, 3, Terms::default()), &guard)
 }
 
 /// base <- a <- {b, c <- {d, e}}, base <- f.

@@ -46,36 +46,21 @@ pub struct Shown {
 
 /// Watches the merges of a plan.
 pub struct Ledger<'a> {
-    site: &'a Site<'a>,
-    source: &'a Source,
-    records: &'a Records,
-    map: &'a RowMap<'a>,
-    scan: &'a Scan,
-    plan: &'a Plan,
-    rows: Rows,
-    deadline: Option<Instant>,
-    made: Mutex<Vec<Made>>,
+    pub site: &'a Site<'a>,
+    pub source: &'a Source,
+    /// The rows that were planned with.
+    pub records: &'a Records,
+    pub map: &'a RowMap<'a>,
+    pub scan: &'a Scan,
+    pub plan: &'a Plan,
+    pub rows: Rows,
+    /// No tree is begun after that.
+    pub deadline: Option<Instant>,
+    /// What became of rows so far.
+    pub made: Mutex<Vec<Made>>,
 }
 
-impl<'a> Ledger<'a> {
-    /// One for a plan.
-    pub fn new(
-        site: &'a Site<'a>,
-        source: &'a Source,
-        records: &'a Records,
-        map: &'a RowMap<'a>,
-        scan: &'a Scan,
-        plan: &'a Plan,
-        rows: Rows,
-    ) -> Self {
-        Self { site, source, records, map, scan, plan, rows, deadline: None, made: Mutex::default() }
-    }
-
-    /// No tree is begun after that.
-    pub fn until(self, deadline: Option<Instant>) -> Self {
-        Self { deadline, ..self }
-    }
-
+impl Ledger<'_> {
     /// What would be changed, if rows are to be.
     pub fn planned(&self) -> Vec<Made> {
         if self.rows == Rows::Untouched {
@@ -99,6 +84,21 @@ impl<'a> Ledger<'a> {
         self.plan.trees.iter().find(|tree| tree.targets == targets)
     }
 
+    /// The store that has the records of the targets' tree.
+    fn home(&self, targets: &[NodeId]) -> usize {
+        let tree = targets.first().and_then(|id| self.scan.graph.trees().get(self.scan.graph.tree_of(*id)));
+        let root = tree.and_then(|tree| tree.members.first());
+        root.map_or(0, |root| self.scan.graph.node(*root).key.store)
+    }
+
+    /// Takes the record of changes away that are not to be made; gives why, and what went wrong with that.
+    fn dropped(&self, home: usize, operation: &OperationId, why: String) -> String {
+        match pending_rows::settle(self.site, home, operation) {
+            Ok(()) => why,
+            Err(error) => format!("{why}; {}", with_causes(&error)),
+        }
+    }
+
     fn note(&self, made: Made) {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push(made);
     }
@@ -118,10 +118,8 @@ impl<'a> Ledger<'a> {
                 Err(error) => entry(id, "applied", Some(with_causes(&error)), changes),
             },
             Some(Ok(Applied::Changed(why))) => {
-                let settled = pending_rows::settle(self.site, home, operation);
-                let why =
-                    settled.err().map_or(why.clone(), |error| format!("{why}; {}", with_causes(&error)));
-                entry(id, "changed", Some(format!("{why}; no row was changed")), changes)
+                let why = self.dropped(home, operation, format!("{why}; no row was changed"));
+                entry(id, "changed", Some(why), changes)
             }
             Some(Err(error)) => {
                 let why = format!("{}; recover --database makes them", with_causes(&error));
@@ -173,24 +171,13 @@ impl Gate for Ledger<'_> {
             Rows::Apply if whole => self.apply(operation, home, &changes),
             Rows::Print | Rows::Apply => {
                 let why = "somebody else changed a survivor meanwhile; no row was changed".to_owned();
-                let settled = pending_rows::settle(self.site, home, operation);
-                let why =
-                    settled.err().map_or(why.clone(), |error| format!("{why}; {}", with_causes(&error)));
+                let why = if self.rows == Rows::Apply { self.dropped(home, operation, why) } else { why };
                 entry(operation.as_str(), "changed", Some(why), &changes)
             }
         };
         let note = made.note.clone();
         self.note(made);
         note
-    }
-}
-
-impl Ledger<'_> {
-    /// The store that has the records of the targets' tree.
-    fn home(&self, targets: &[NodeId]) -> usize {
-        let tree = targets.first().and_then(|id| self.scan.graph.trees().get(self.scan.graph.tree_of(*id)));
-        let root = tree.and_then(|tree| tree.members.first());
-        root.map_or(0, |root| self.scan.graph.node(*root).key.store)
     }
 }
 

@@ -13,9 +13,11 @@ mod report;
 mod run;
 mod select;
 mod stub;
+mod worth;
 
 pub use context::{Context, Gate, Terms};
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
 pub use run::run;
-pub use select::{InPlacePolicy, ModeChoice, Request, select};
+pub use select::{InPlacePolicy, ModeChoice, Request};
+pub use worth::{plan_worth, selectable};

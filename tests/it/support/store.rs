@@ -11,7 +11,7 @@ use qchain::backend::{Backend, Means};
 use qchain::change::leaving::leaving;
 use qchain::change::{Site, SystemClock};
 use qchain::ids::StoreId;
-use qchain::ops::delete::{Context, ModeChoice, Report, Request, Terms, plan, run};
+use qchain::ops::delete::{Context, ModeChoice, Plan, Report, Request, Terms, plan, run};
 use qchain::ops::recover::begin;
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
@@ -102,19 +102,29 @@ pub fn delete_by(
     let request =
         Request { targets, mode, assume_deleted: true, end_of_chain: true, leaving, ..Request::default() };
     let plan = plan(stores, &scan, &request)?;
-    let context = Context {
+    run(&context(site, &scan, &plan, jobs, terms), &guard)
+}
+
+/// What a plan is carried out with, when nobody watches.
+pub fn context<'a>(
+    site: &'a Site<'a>,
+    scan: &'a Scan,
+    plan: &'a Plan,
+    jobs: usize,
+    terms: Terms,
+) -> Context<'a> {
+    Context {
         site,
-        stores,
-        scan: &scan,
-        plan: &plan,
+        stores: site.stores,
+        scan,
+        plan,
         jobs,
         force: false,
         gate: None,
         terms,
         progress: &Silent,
         cancel: site.cancel,
-    };
-    run(&context, &guard)
+    }
 }
 
 /// The same; every outcome must be good.

@@ -10,13 +10,14 @@ use qchain::change::witness::Witness;
 use qchain::change::{Clock, Owner, Site};
 use qchain::cloudstack::backing::Style;
 use qchain::ids::StoreId;
-use qchain::ops::delete::{Context, ModeChoice, Request, Status, Terms, plan, run};
+use qchain::ops::delete::{ModeChoice, Request, Status, Terms, plan, run};
 use qchain::ops::recover::{begin, history, purge, recover, undo};
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
 use qchain::store::scan::{Scan, ScanOptions};
 use qchain::store::{Store, StoreConfig, Stores, names};
 
+use super::super::store::context;
 use super::backend::Shared;
 use super::truth::{Foreign, Member, Presence, When};
 use super::world::{Life, Phase, World};
@@ -257,19 +258,7 @@ fn delete(
     let request =
         Request { targets, mode, assume_deleted: true, end_of_chain: true, leaving, ..Request::default() };
     let plan = plan(stores, &scan, &request)?;
-    let context = Context {
-        site,
-        stores,
-        scan: &scan,
-        plan: &plan,
-        jobs: 1,
-        force: false,
-        gate: None,
-        terms,
-        progress: &Silent,
-        cancel: site.cancel,
-    };
-    let report = run(&context, &guard)?;
+    let report = run(&context(site, &scan, &plan, 1, terms), &guard)?;
     let good = report.outcomes.iter().filter(|one| one.status == Status::Done && one.error.is_none());
     let operations = good.clone().map(|outcome| outcome.operation.clone()).collect();
     let members = good.flat_map(|outcome| &outcome.members);
