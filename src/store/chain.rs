@@ -55,6 +55,11 @@ pub struct OpenChain {
 impl OpenChain {
     /// Opens a member and all below it; every member must be there and readable.
     pub fn open(stores: &Stores, graph: &Graph, id: NodeId) -> Result<Self> {
+        Self::open_upper(stores, graph, id, usize::MAX)
+    }
+
+    /// As [`OpenChain::open`], only the newest `count` members of it.
+    pub fn open_upper(stores: &Stores, graph: &Graph, id: NodeId, count: usize) -> Result<Self> {
         let ancestors = graph.ancestors(id).and_then(|ancestors| graph.complete(id).map(|()| ancestors));
         let display = stores.display(&graph.node(id).key);
         let ancestors = ancestors.map_err(|source| StoreError::Chain { member: display.clone(), source })?;
@@ -64,7 +69,7 @@ impl OpenChain {
             return Err(StoreError::Image { member: display, source });
         }
         let keys = std::iter::once(id).chain(ancestors).map(|id| &graph.node(id).key);
-        let images = keys.map(|key| open_image(stores, key)).collect::<Result<Vec<_>>>()?;
+        let images = keys.take(count).map(|key| open_image(stores, key)).collect::<Result<Vec<_>>>()?;
         Ok(Self::of(images))
     }
 

@@ -60,12 +60,32 @@ impl MergeInput {
     pub fn open(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<Self> {
         let chain = OpenChain::open(stores, &scan.graph, merge.survivor)?;
         let (upper, lower) = chain.split(merge.merged.len() + 1);
+        let lower_bytes = lower.virtual_size();
+        Self::of(stores, scan, merge, (upper, lower), lower_bytes)
+    }
+
+    /// As [`MergeInput::open`], for laying out and costing only: what stays below is not opened, `lower` is empty.
+    /// In long chains that is most of the files.
+    pub fn open_upper(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<Self> {
+        let upper = OpenChain::open_upper(stores, &scan.graph, merge.survivor, merge.merged.len() + 1)?;
+        let header = merge.new_parent.and_then(|id| scan.member(id)?.reading.header());
+        let lower_bytes = header.map_or(0, |header| header.virtual_bytes);
+        Self::of(stores, scan, merge, (upper, OpenChain::of(Vec::new())), lower_bytes)
+    }
+
+    fn of(
+        stores: &Stores,
+        scan: &Scan,
+        merge: &Merge,
+        (upper, lower): (OpenChain, OpenChain),
+        lower_bytes: u64,
+    ) -> Result<Self> {
         let survivor = scan.graph.node(merge.survivor);
         let backing = match merge.new_parent {
             Some(parent) => Some(Backing {
                 name: backing_name(stores, scan, merge, parent)?,
                 format: "qcow2".to_owned(),
-                virtual_size: lower.virtual_size(),
+                virtual_size: lower_bytes,
             }),
             None => None,
         };

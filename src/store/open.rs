@@ -174,6 +174,13 @@ impl Stores {
         self.readers
     }
 
+    /// Threads for so many jobs that wait for small reads, of disks or of a server: many at once, whatever the
+    /// cores, up to [`Stores::readers`].
+    pub fn pool(&self, jobs: usize) -> Result<rayon::ThreadPool> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs.clamp(1, self.readers)).build();
+        pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })
+    }
+
     /// Each with its index.
     pub fn iter(&self) -> impl Iterator<Item = (usize, &Store)> {
         self.stores.iter().enumerate()

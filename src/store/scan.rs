@@ -180,10 +180,7 @@ impl Scan {
             options.progress.advance(1);
             member
         };
-        // Reading small files is waiting, for disks or for a server: many at once, whatever the cores.
-        let pool =
-            rayon::ThreadPoolBuilder::new().num_threads(found.len().clamp(1, stores.readers())).build();
-        let pool = pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })?;
+        let pool = stores.pool(found.len())?;
         let read: Vec<Option<(Member, Vec<Finding>)>> =
             pool.install(|| found.into_par_iter().with_max_len(4).map(look).collect::<Result<_>>())?;
         let mut members = Vec::with_capacity(read.len());

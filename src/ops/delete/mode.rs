@@ -61,7 +61,7 @@ pub fn choose(
     capabilities: &BTreeMap<usize, Capabilities>,
     merge: &Merge,
 ) -> Result<Chosen> {
-    let input = MergeInput::open(stores, scan, merge)?;
+    let input = MergeInput::open_upper(stores, scan, merge)?;
     let layout = input.layout()?;
     let choice = choose_with(stores, scan, request, capabilities, merge, &input, &layout)?;
     let (file_length, superseded_bytes) = match choice.mode {

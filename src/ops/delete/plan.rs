@@ -110,9 +110,11 @@ impl Plan {
 pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan> {
     stores.check_writable()?;
     let mut trees: Vec<(usize, Vec<NodeId>)> = Vec::new();
+    let mut places: BTreeMap<usize, usize> = BTreeMap::new();
     for target in &request.targets {
         let tree = scan.graph.tree_of(*target);
-        match trees.iter_mut().find(|(index, _)| *index == tree) {
+        let place = *places.entry(tree).or_insert(trees.len());
+        match trees.get_mut(place) {
             Some((_, targets)) => targets.push(*target),
             None => trees.push((tree, vec![*target])),
         }
@@ -128,7 +130,12 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     }
     let kept_bytes = AtomicU64::new(0);
     let planner = Planner { stores, scan, request, capabilities: &capabilities, kept_bytes: &kept_bytes };
-    let mut trees: Vec<TreePlan> = trees.into_par_iter().map(|(_, targets)| planner.tree(targets)).collect();
+    let mut trees: Vec<TreePlan> = if trees.len() > 1 {
+        let plan = |(_, targets)| planner.tree(targets);
+        stores.pool(trees.len())?.install(|| trees.into_par_iter().with_max_len(4).map(plan).collect())
+    } else {
+        trees.into_iter().map(|(_, targets)| planner.tree(targets)).collect()
+    };
     check_space(stores, scan, &mut trees)?;
     if trees.iter().all(|tree| tree.refusal.is_some())
         && let Some(refusal) = trees.iter_mut().find_map(|tree| tree.refusal.take())
