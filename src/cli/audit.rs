@@ -10,7 +10,7 @@ use super::output::{Table, human};
 use super::reclaim::Source;
 use super::values;
 use crate::failure::Kind;
-use crate::ops::audit::{AuditFinding, AuditOptions, AuditReport, Policy, Sum, Totals, audit};
+use crate::ops::audit::{AuditFinding, AuditOptions, AuditReport, Sum, Totals, audit};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -40,22 +40,13 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let scan = context.scan_cached(&stores)?;
     let options = AuditOptions {
         records: records.as_ref(),
-        policy: policy(context),
+        policy: context.policy(),
         now_ns: super::context::now_ns(),
         min_age_ns: i128::try_from(args.min_age.as_nanos()).unwrap_or(i128::MAX),
     };
     let report = audit(&stores, &scan, &options, &context.cancel)?;
     context.print(&report, |out| write(out, &report))?;
     Ok(if args.strict && report.anything_wrong() { Kind::Damage.into() } else { Exit::DONE })
-}
-
-fn policy(context: &Context) -> Policy {
-    let settings = &context.settings.policy;
-    Policy {
-        max_length: settings.max_length,
-        max_base_age: settings.max_base_age.0,
-        max_pinned_bytes: settings.max_pinned_bytes.0,
-    }
 }
 
 fn write(out: &mut dyn Write, report: &AuditReport) -> io::Result<()> {

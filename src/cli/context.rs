@@ -17,6 +17,7 @@ use crate::change::witness::Witness;
 use crate::change::{Site, SystemClock};
 use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
+use crate::ops::policy::Policy;
 use crate::progress::{Cancel, Progress};
 use crate::store::scan::{Scan, ScanOptions};
 use crate::store::{StoreConfig, Stores};
@@ -92,6 +93,16 @@ impl Context {
             InPlace::Auto => InPlacePolicy::Auto,
             InPlace::NoSpace => InPlacePolicy::NoSpace,
             InPlace::Never => InPlacePolicy::Never,
+        }
+    }
+
+    /// How chains should be.
+    pub fn policy(&self) -> Policy {
+        let settings = &self.settings.policy;
+        Policy {
+            max_length: settings.max_length,
+            max_base_age: settings.max_base_age.0,
+            max_pinned_bytes: settings.max_pinned_bytes.0,
         }
     }
 

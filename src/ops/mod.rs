@@ -11,6 +11,7 @@ mod error;
 pub mod init;
 pub mod list;
 pub mod map;
+pub mod policy;
 pub mod reclaim;
 pub mod recover;
 pub mod verify;

@@ -36,7 +36,10 @@ const LAYERS: &[&str] = &[
 const PURE: &[&str] = &["digest", "chain", "cloudstack"];
 
 /// Modules of `ops` that are no verbs, so that verbs may import them: `(name, reason)`.
-const OPS_SHARED: &[(&str, &str)] = &[("error", "the one error enum of the layer")];
+const OPS_SHARED: &[(&str, &str)] = &[
+    ("error", "the one error enum of the layer"),
+    ("policy", "how chains should be, for who tells and who mends"),
+];
 
 /// What only the backend uses: `(root, first names below it)`, none for all of it.
 const FILE_IO: &[(&str, &[&str])] = &[

@@ -16,12 +16,12 @@ use serde::ser::SerializeStruct as _;
 use crate::cloudstack::records::Records;
 use crate::failure::{Code, Severity};
 use crate::ops::Result;
+use crate::ops::policy::Policy;
 use crate::progress::Cancel;
 use crate::store::Stores;
 use crate::store::scan::survey::Survey;
 use crate::store::scan::{Finding, Scan};
 use ground::Ground;
-pub use policy::Policy;
 pub use totals::{ChainTotal, Owner, OwnerTotal, Sum, Totals};
 
 /// What to hold the stores against.

@@ -1,23 +1,11 @@
 //! Chains against the policy of the configuration.
 
-use std::time::{Duration, UNIX_EPOCH};
-
 use super::AuditFinding;
 use super::ground::Ground;
 use super::totals::is_chain;
 use crate::chain::graph::{NodeId, Tree};
 use crate::failure::Code;
-
-/// How chains should be; 0 is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// The most members of a chain, its full base among them.
-    pub max_length: usize,
-    /// How old a full base may be.
-    pub max_base_age: Duration,
-    /// The most bytes that deleted members of a chain hold.
-    pub max_pinned_bytes: u64,
-}
+use crate::ops::policy::created_ns;
 
 pub fn check(ground: &Ground<'_>) -> Vec<AuditFinding> {
     let trees = ground.scan.graph.trees().iter();
@@ -65,12 +53,7 @@ fn longest(ground: &Ground<'_>, tree: &Tree) -> Option<(NodeId, usize)> {
     lengths.reduce(|most, next| if next.1 > most.1 { next } else { most })
 }
 
-/// How old a member is: by its row, else by its last change, which a merge makes new.
+/// How old a member is.
 fn age_ns(ground: &Ground<'_>, id: NodeId) -> Option<i128> {
-    let created = ground.row(id).and_then(|row| {
-        let time = humantime::parse_rfc3339_weak(row.created.as_deref()?).ok()?;
-        i128::try_from(time.duration_since(UNIX_EPOCH).ok()?.as_nanos()).ok()
-    });
-    let since = created.or_else(|| ground.scan.member(id).map(|member| member.stat.modified_ns))?;
-    Some(ground.options.now_ns - since)
+    Some(ground.options.now_ns - created_ns(ground.row(id), ground.scan.member(id)?))
 }

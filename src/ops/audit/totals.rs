@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::ground::Ground;
 use crate::chain::graph::{NodeId, Tree};
-use crate::cloudstack::paths::{Area, InstallPath, SNAPSHOTS};
-use crate::store::record::StoreKind;
+use crate::cloudstack::paths::{Area, InstallPath};
+use crate::ops::policy::is_snapshot;
 use crate::store::scan::Member;
 
 /// What some snapshots take.
@@ -115,8 +115,6 @@ fn chain(ground: &Ground<'_>, tree: &Tree) -> Option<ChainTotal> {
 
 /// Whether a tree is one of snapshots: no template, volume or temporary that stands alone.
 pub fn is_chain(ground: &Ground<'_>, tree: &Tree) -> bool {
-    tree.members.iter().filter_map(|id| ground.scan.member(*id)).any(|member| {
-        let plain = ground.stores.get(member.key.store).is_ok_and(|store| store.kind() == StoreKind::Plain);
-        !member.temporary && (plain || member.key.path.components().next() == Some(SNAPSHOTS))
-    })
+    let mut members = tree.members.iter().filter_map(|id| ground.scan.member(*id));
+    members.any(|member| is_snapshot(ground.stores, member))
 }
