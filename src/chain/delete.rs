@@ -2,22 +2,25 @@
 //!
 //! A deleted member is merged into each survivor right above it (through other deleted members, if several
 //! are adjacent), and one above which nobody survives is just removed. No member's name may go before all
-//! survivors that read it are published without it, and never before a member that still names it.
+//! survivors that read it are published without it, and never before a member that still names it. To make a member
+//! a full base is the same merge, of all that is below it, without anybody going ([`fold`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::graph::{ChainError, Graph, Key, NodeId};
 use crate::failure::{Code, Failure, Kind};
 
-/// Deleted members that are merged into one survivor, in one pass.
+/// Members that are merged into one survivor, in one pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Merge {
     /// The member that stays, and gets a new file.
     pub survivor: NodeId,
-    /// The deleted members between it and its new parent, the lowest first; never empty.
+    /// The members between it and its new parent, the lowest first; never empty for a delete.
     pub merged: Vec<NodeId>,
     /// The nearest member below that stays; `None` if the survivor becomes a full base.
     pub new_parent: Option<NodeId>,
+    /// What is merged stays, and somebody may put the survivor over it again: it must read the same then.
+    pub merged_stay: bool,
 }
 
 /// A deleted member whose name goes.
@@ -137,6 +140,32 @@ pub fn group(graph: &Graph, delete: &BTreeSet<NodeId>) -> Result<Groups, DeleteE
     Ok(groups)
 }
 
+/// Plans to make each of `members` a full base of its own: all that is below is merged into it, and nobody goes.
+/// One that is a base already has nothing merged into it.
+///
+/// The result is in the order of the trees, lower members first; the first error refuses all. Time and memory are in
+/// the sum of the members' depths.
+pub fn fold(graph: &Graph, members: &BTreeSet<NodeId>) -> Result<Vec<Merge>, DeleteError> {
+    if let Some(foreign) = members.iter().find(|id| !graph.contains(**id)) {
+        return Err(DeleteError::NoSuchNode(*foreign));
+    }
+    let trees: BTreeSet<usize> = members.iter().map(|id| graph.tree_of(*id)).collect();
+    let ordered = trees.iter().filter_map(|index| graph.trees().get(*index)).flat_map(|tree| &tree.members);
+    let mut merges = Vec::new();
+    for survivor in ordered.copied().filter(|id| members.contains(id)) {
+        let key = || graph.node(survivor).key.clone();
+        let Ok(mut below) = graph.ancestors(survivor) else {
+            return Err(DeleteError::Cycle { member: key() });
+        };
+        graph
+            .complete(survivor)
+            .map_err(|source| DeleteError::Incomplete { survivor: key(), source: Box::new(source) })?;
+        below.reverse();
+        merges.push(Merge { survivor, merged: below, new_parent: None, merged_stay: true });
+    }
+    Ok(merges)
+}
+
 /// The deleted members right below a survivor, and what it stands on without them.
 fn merge_into(graph: &Graph, delete: &BTreeSet<NodeId>, survivor: NodeId) -> Merge {
     let mut merged = Vec::new();
@@ -146,7 +175,7 @@ fn merge_into(graph: &Graph, delete: &BTreeSet<NodeId>, survivor: NodeId) -> Mer
         new_parent = graph.parent(below);
     }
     merged.reverse();
-    Merge { survivor, merged, new_parent }
+    Merge { survivor, merged, new_parent, merged_stay: false }
 }
 
 #[cfg(test)]
@@ -155,7 +184,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{DeleteError, Departure, Groups, Merge, group};
+    use super::{DeleteError, Departure, Groups, Merge, fold, group};
     use crate::chain::graph::{Graph, Key, Node, NodeId, Parent};
     use crate::failure::{Code, Failure, Kind};
     use crate::ids::StorePath;
@@ -183,7 +212,8 @@ mod tests {
     }
 
     fn merge(survivor: usize, merged: &[usize], new_parent: Option<usize>) -> Merge {
-        Merge { survivor: NodeId(survivor), merged: ids(merged), new_parent: new_parent.map(NodeId) }
+        let new_parent = new_parent.map(NodeId);
+        Merge { survivor: NodeId(survivor), merged: ids(merged), new_parent, merged_stay: false }
     }
 
     fn departure(member: usize, after: &[usize]) -> Departure {
@@ -220,6 +250,20 @@ mod tests {
         assert!(groups.merges.is_empty());
         assert_eq!(groups.removals, ids(&[2, 1, 0]));
         assert_eq!(delete(&forked, &[]).unwrap(), Groups::default());
+    }
+
+    #[test]
+    fn members_are_made_bases_of_their_own() {
+        // 0 <- 1 <- {2 <- 4, 3}
+        let forked = tree(&[None, Some(0), Some(1), Some(1), Some(2)]);
+        let merges = fold(&forked, &ids(&[4, 3, 0]).into_iter().collect()).unwrap();
+        let whole = |survivor, below: &[usize]| Merge { merged_stay: true, ..merge(survivor, below, None) };
+        assert_eq!(merges, [whole(0, &[]), whole(3, &[0, 1]), whole(4, &[0, 1, 2])]);
+        let node = |index| Parent::Node(NodeId(index));
+        let broken = graph([Parent::Missing("gone".into()), node(0), node(3), node(2)]);
+        let error = |index| fold(&broken, &BTreeSet::from([NodeId(index)])).unwrap_err();
+        assert_eq!((error(1).code(), error(2).code()), (Code::MissingParent, Code::Cycle));
+        assert_eq!(error(9), DeleteError::NoSuchNode(NodeId(9)));
     }
 
     #[test]

@@ -214,7 +214,7 @@ fn find(site: &Site<'_>, plan: &InPlace) -> Result<(Scan, Merge)> {
         let member = site.stores.display(&scan.graph.node(*survivor).key);
         return Err(ChangeError::ChangedMeanwhile { member });
     }
-    let merge = Merge { survivor: *survivor, merged: merged.to_vec(), new_parent };
+    let merge = Merge { survivor: *survivor, merged: merged.to_vec(), new_parent, merged_stay: false };
     Ok((scan, merge))
 }
 

@@ -92,7 +92,8 @@ impl MergeInput {
         let Some(image) = upper.images().next() else {
             return Err(StoreError::NotFound { name: stores.display(&survivor.key) });
         };
-        let options = ImageOptions::like(image.header(), backing);
+        let options =
+            ImageOptions { opaque: merge.merged_stay, ..ImageOptions::like(image.header(), backing) };
         let newest_first = std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied());
         let same_store = newest_first.map(|id| scan.graph.node(id).key.store == survivor.key.store).collect();
         Ok(Self { upper, lower, options, same_store })

@@ -181,6 +181,7 @@ fn options(bits: u32, size: u64) -> ImageOptions {
         lazy_refcounts: false,
         virtual_size: size,
         backing: None,
+        opaque: false,
         stub: None,
     }
 }

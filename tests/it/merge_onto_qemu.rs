@@ -230,7 +230,8 @@ fn a_merge_of_a_store_knows_what_it_costs_in_place() {
         scan.graph.ids().map(|id| (scan.graph.node(id).key.path.as_str(), id)).collect();
     let input = |merged: &[&str], survivor: &str| {
         let merged = merged.iter().map(|name| ids[name]).collect();
-        let merge = Merge { survivor: ids[survivor], merged, new_parent: Some(ids["base"]) };
+        let new_parent = Some(ids["base"]);
+        let merge = Merge { survivor: ids[survivor], merged, new_parent, merged_stay: false };
         MergeInput::open(&stores, &scan, &merge).unwrap()
     };
     let larger = input(&["a", "b", "c"], "d");

@@ -59,6 +59,9 @@ pub struct ImageOptions {
     pub virtual_size: u64,
     /// The backing file, if it is to have one.
     pub backing: Option<Backing>,
+    /// Without a backing file: zeros get entries all the same, so that it reads as it does over any image that has
+    /// nothing but zeros where this one has no entry.
+    pub opaque: bool,
     /// The store on which it stands in for a deleted member: its own extension says so.
     pub stub: Option<String>,
 }
@@ -87,6 +90,7 @@ impl ImageOptions {
             lazy_refcounts: header.lazy_refcounts,
             virtual_size: header.virtual_size,
             backing,
+            opaque: false,
             stub: None,
         }
     }
@@ -95,8 +99,14 @@ impl ImageOptions {
         EntryFormat { cluster_bits: self.cluster_bits, extended: self.extended_l2, zero_flag: version >= 3 }
     }
 
-    fn below_end(&self) -> u64 {
-        self.backing.as_ref().map_or(0, |backing| backing.virtual_size)
+    /// Where what lies below ends, in bytes: from there on zeros need no entry.
+    #[must_use]
+    pub fn below_end(&self) -> u64 {
+        match &self.backing {
+            Some(backing) => backing.virtual_size,
+            None if self.opaque => self.virtual_size,
+            None => 0,
+        }
     }
 }
 
