@@ -70,6 +70,19 @@ pub fn edits(
     Ok(edits)
 }
 
+/// Works out the edit that leaves one checkpoint file without a parent; `None` if it has none, or is not there. With
+/// `force` one that cannot be edited is passed over.
+///
+/// # Errors
+///
+/// [`ChangeError::Checkpoint`] for a file that cannot be read as libvirt's, or not be edited.
+pub fn orphan(stores: &Stores, file: &Key, force: bool) -> Result<Option<Edit>> {
+    match edit_with(stores.get(file.store)?.backend(), &file.path, |_| Some(None)) {
+        Err(ChangeError::Checkpoint { .. }) if force => Ok(None),
+        edit => edit,
+    }
+}
+
 /// One edit: from one parent to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Edit {
@@ -84,6 +97,15 @@ fn edit_of(
     path: &StorePath,
     parents: &BTreeMap<String, Option<String>>,
 ) -> Result<Option<Edit>> {
+    edit_with(backend, path, |named| parents.get(named).cloned())
+}
+
+/// The edit of a file that names a parent which `becomes` another, or none.
+fn edit_with(
+    backend: &Arc<dyn Backend>,
+    path: &StorePath,
+    becomes: impl Fn(&str) -> Option<Option<String>>,
+) -> Result<Option<Edit>> {
     let fail = |source| ChangeError::Checkpoint { path: path.to_string(), source };
     let bytes = match read_whole(backend, path, MAX_BYTES as u64) {
         Ok(bytes) => bytes,
@@ -91,9 +113,9 @@ fn edit_of(
         Err(source) => return Err(failed("read", path, source)),
     };
     let before = Checkpoint::parse(&bytes).map_err(fail)?.parent;
-    let Some(parent) = before.as_ref().and_then(|name| parents.get(name)) else { return Ok(None) };
+    let Some(parent) = before.as_deref().and_then(becomes) else { return Ok(None) };
     set_parent(&bytes, parent.as_deref()).map_err(fail)?;
-    Ok(Some(Edit { before, parent: parent.clone() }))
+    Ok(Some(Edit { before, parent }))
 }
 
 /// An edit as the record has it. `after` is the publication that it follows, if it follows just one.

@@ -76,7 +76,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         end_of_chain: args.end_of_chain,
         dry_run: args.dry_run,
         force: args.force,
-        stubs: false,
+        ..Request::default()
     };
     context.progress().phase("planning", 0);
     let plan = delete::plan(&stores, &scan, &request)?;

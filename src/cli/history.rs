@@ -35,8 +35,8 @@ pub fn run(context: &Context) -> Result<Exit> {
             table.row(vec![
                 short(&row.operation).to_owned(),
                 row.time.clone(),
-                row.verb().to_owned(),
-                several(&row.members),
+                row.did.to_owned(),
+                several(row.about()),
                 human(row.bytes_held),
                 undo.to_owned(),
             ]);

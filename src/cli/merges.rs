@@ -1,4 +1,4 @@
-//! What `delete` and `reclaim` share: the flags of a merge, how it begins, how its plan and results are shown.
+//! What `delete`, `reclaim` and `consolidate` share: the flags of a merge, how it begins, how its plan and results are shown.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -16,7 +16,7 @@ use crate::chain::graph::NodeId;
 use crate::change::{Guard, Site};
 use crate::failure::{Failure, with_causes};
 use crate::ops::OpError;
-use crate::ops::delete::{self, Entry, ModeChoice, Outcome, Plan, Report, TreePlan};
+use crate::ops::delete::{self, Aim, Entry, ModeChoice, Outcome, Plan, Report, TreePlan};
 use crate::ops::recover::begin;
 use crate::store::Stores;
 use crate::store::scan::Scan;
@@ -249,7 +249,7 @@ impl Shown<'_> {
     pub fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
         for tree in &self.plan.trees {
             for entry in &tree.entries {
-                self.write_entry(out, entry)?;
+                self.write_entry(out, tree.aim, entry)?;
             }
             match &tree.refusal {
                 Some(refusal) => writeln!(out, "not done: {} [{}]", with_causes(refusal), refusal.code())?,
@@ -260,7 +260,8 @@ impl Shown<'_> {
         if self.plan.trees.iter().any(|tree| tree.refusal.is_none() && self.undoable(tree)) {
             let (kept, named) = (format_duration(self.grace + self.retention), format_duration(self.grace));
             writeln!(out, "old files are kept, and it can be undone, for {kept}")?;
-            if !self.grace.is_zero() {
+            let names_go = self.plan.trees.iter().any(|tree| !tree.departures.is_empty());
+            if names_go && !self.grace.is_zero() {
                 writeln!(out, "deleted members keep their names, for who reads them now, for {named}")?;
             }
         }
@@ -270,10 +271,11 @@ impl Shown<'_> {
         Ok(())
     }
 
-    fn write_entry(&self, out: &mut dyn Write, entry: &Entry) -> io::Result<()> {
-        let what = match entry.into {
-            Some(into) => format!("merge into {}:", self.name(into)),
-            None => "remove:".to_owned(),
+    fn write_entry(&self, out: &mut dyn Write, aim: Aim, entry: &Entry) -> io::Result<()> {
+        let what = match (entry.into, aim) {
+            (Some(into), Aim::Delete) => format!("merge into {}:", self.name(into)),
+            (Some(into), Aim::Consolidate) => format!("make {} a full base, of what is in:", self.name(into)),
+            (None, _) => "remove:".to_owned(),
         };
         writeln!(out, "{what}")?;
         for member in &entry.members {

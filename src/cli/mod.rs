@@ -12,6 +12,7 @@ mod bar;
 mod cache;
 mod config;
 mod config_check;
+mod consolidate;
 mod context;
 mod delete;
 mod digest;
@@ -109,6 +110,9 @@ enum Command {
     Delete(delete::Args),
     /// Give back the space of deleted snapshots that CloudStack keeps for their children
     Reclaim(reclaim::Args),
+    /// Make members full bases of their own, so that chains are shorter; nothing is deleted
+    #[command(after_help = consolidate::HELP)]
+    Consolidate(consolidate::Args),
     /// Show what was deleted, until when it can be undone, what is kept for that
     History(history::Args),
     /// Take a delete back, whole
@@ -146,6 +150,11 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Reclaim(args) => {
             metrics::run(context(), "reclaim", &args.metrics, args.changes(), |context| {
                 reclaim::run(context, args)
+            })
+        }
+        Command::Consolidate(args) => {
+            metrics::run(context(), "consolidate", &args.metrics, args.changes(), |context| {
+                consolidate::run(context, args)
             })
         }
         Command::History(_) => history::run(&context()?),

@@ -18,7 +18,7 @@ const SHORT: usize = 12;
 #[derive(Serialize)]
 pub struct Row {
     pub operation: String,
-    /// The first of the members.
+    /// The first of the members; of the survivors where nobody was deleted.
     pub member: Option<String>,
     /// The members deleted, or brought back; lowest first.
     pub members: Vec<String>,
@@ -28,6 +28,8 @@ pub struct Row {
     /// Null if it cannot be undone, or not any more.
     pub undo_until: Option<String>,
     pub bytes_held: u64,
+    /// `delete`, `consolidate` or `undo`.
+    pub did: &'static str,
     /// The operation that it took back.
     pub undoes: Option<String>,
     pub undone: bool,
@@ -41,15 +43,16 @@ pub struct Row {
 impl Row {
     /// Of an operation.
     pub fn of(site: &Site<'_>, done: &Done) -> Self {
-        let members = names(site, &done.members);
+        let (members, survivors) = (names(site, &done.members), names(site, &done.survivors));
         Self {
             operation: done.operation.to_string(),
-            member: members.first().cloned(),
+            member: members.first().or(survivors.first()).cloned(),
             members,
-            survivors: names(site, &done.survivors),
+            survivors,
             time: time(done.time_ns),
             undo_until: done.undo_until.map(time),
             bytes_held: done.held_bytes,
+            did: did(done),
             undoes: done.undoes.as_ref().map(ToString::to_string),
             undone: done.undone,
             ended: done.ended,
@@ -58,9 +61,18 @@ impl Row {
         }
     }
 
-    /// What it did, in a word.
-    pub fn verb(&self) -> &'static str {
-        if self.undoes.is_some() { "undo" } else { "delete" }
+    /// The members deleted or brought back; where there are none, those that became bases, or were it.
+    pub fn about(&self) -> &[String] {
+        if self.members.is_empty() { &self.survivors } else { &self.members }
+    }
+}
+
+/// What an operation did. Where a survivor got a new file and nobody went it became a base.
+fn did(done: &Done) -> &'static str {
+    match (&done.undoes, done.members.is_empty()) {
+        (Some(_), _) => "undo",
+        (None, true) => "consolidate",
+        (None, false) => "delete",
     }
 }
 

@@ -24,9 +24,7 @@ use crate::ops::reclaim::{Bounds, Found, find};
 use crate::store::Stores;
 use crate::store::rows::RowMap;
 use crate::store::scan::{Finding, Scan};
-use ledger::{Ledger, Made};
-
-pub use ledger::finish;
+pub use ledger::{Ledger, Made, finish};
 pub use source::Source;
 
 /// How long deleted members keep their names at least where stubs take them: a reader that opened an old survivor
@@ -72,8 +70,8 @@ impl Args {
 
 /// What becomes of CloudStack's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Rows {
-    /// Nothing: an empty image keeps each deleted name for CloudStack
+pub enum Rows {
+    /// Nothing; an empty image keeps each deleted name for CloudStack
     Untouched,
     /// The changes are printed as SQL, for whoever may make them
     Print,
@@ -285,7 +283,7 @@ fn write_total(out: &mut dyn Write, plan: &Plan) -> io::Result<()> {
 }
 
 /// The statements, ready to be run.
-fn write_rows(out: &mut dyn Write, rows: &[Made]) -> io::Result<()> {
+pub fn write_rows(out: &mut dyn Write, rows: &[Made]) -> io::Result<()> {
     for made in rows.iter().filter(|made| !made.changes.is_empty()) {
         if let Some(note) = &made.note {
             writeln!(out, "-- {note}")?;

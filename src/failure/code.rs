@@ -215,6 +215,16 @@ codes! {
         "The member is the newest of its chain: the hypervisor will name it as parent of its next increment.",
         "The next increment would have no parent.",
         "Delete it with --end-of-chain, only if the chain has been ended in CloudStack.";
+    /// A member that is a full base.
+    AlreadyBase = "already-base", Info,
+        "The member is a full base: it reads no other file, and there is nothing to be folded into it.",
+        "None; nothing was done.",
+        "Name a member above it, if its chain is to be shorter.";
+    /// What is no snapshot that can be given a base of its own.
+    NotConsolidable = "not-consolidable", Error,
+        "The member is the empty stand-in of a deleted one, a temporary file of CloudStack's, or by its row being moved or removed: it is not made a full base.",
+        "None; nothing was done.",
+        "Name a snapshot that CloudStack keeps.";
     /// The directory was never given to qchain.
     NotInitialised = "not-initialised", Error,
         "The directory has no .qchain/store.json: it was never opted in, is not mounted, or is another mount.",
@@ -469,12 +479,12 @@ codes! {
     ChainTooLong = "chain-too-long", Warning,
         "A chain has more members than [policy] max_length allows.",
         "Each member costs every reader a file; QEMU cannot open a chain of some 900 members.",
-        "Delete members that are no longer needed, run qchain reclaim, or end the chain in CloudStack.";
+        "Run qchain consolidate; or delete members that are no longer needed, run qchain reclaim, or end the chain in CloudStack.";
     /// A base older than the policy.
     BaseTooOld = "base-too-old", Warning,
         "The full base of a chain is older than [policy] max_base_age allows.",
         "All snapshots of the chain depend on that one old file.",
-        "End the chain in CloudStack, so that the next snapshot is a full one.";
+        "Run qchain consolidate; or end the chain in CloudStack, so that the next snapshot is a full one.";
     /// More held bytes than the policy.
     PinnedBytes = "pinned-bytes", Warning,
         "Deleted members of a chain hold more bytes than [policy] max_pinned_bytes allows.",

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use serde::ser::SerializeStruct as _;
 
 use crate::backend::{BackendError, FileKind, ImageLocks, Stat};
-use crate::chain::graph::{Graph, Key, NodeId};
+use crate::chain::graph::{Graph, Key, NodeId, Parent};
 use crate::cloudstack::backing::Form;
 use crate::cloudstack::paths::checkpoint_of;
 use crate::failure::{Code, with_causes};
@@ -151,6 +151,21 @@ impl Scan {
             left.extend(self.graph.children(one));
         }
         left.is_empty()
+    }
+
+    /// Whether a member is surely a full base, whatever its row says of a parent: whole, without backing name, and by its
+    /// checkpoint file without parent, too. An increment that is being written has no backing name either, until the
+    /// agent gives it one; it has no checkpoint file before that. So in a volume without checkpoint files nothing is
+    /// sure.
+    #[must_use]
+    pub fn stands_alone(&self, id: NodeId) -> bool {
+        self.member(id).is_some_and(|member| {
+            self.graph.node(id).parent == Parent::None
+                && member.checkpoint == CheckpointFacts::Parent(None)
+                && member.incoming.is_none()
+                && !member.temporary
+                && !member.stub
+        })
     }
 
     /// The bytes that a member's file takes on its store; 0 for a node of another scan.

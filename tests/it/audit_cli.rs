@@ -8,12 +8,8 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::support::qemu::{must, text};
-use super::support::world::{MOUNT, World, listing};
+use super::support::world::{COLUMNS, MOUNT, World, listing};
 
-/// The columns of `scripts/export-records.sql`.
-const COLUMNS: &str = "store_uuid\tstore_url\tstore_role\tsnapshot_id\tsnapshot_uuid\tsnapshot_name\taccount_id\t\
-    volume_id\thypervisor_type\tsnapshot_status\tref_state\tinstall_path\tparent_snapshot_id\tend_of_chain\t\
-    size\tphysical_size\tkvm_checkpoint_path\tcreated";
 const TEN_MIB: u64 = 10 << 20;
 /// A file name of CloudStack's.
 const UUID: &str = "908a9b1c-7c2f-4f0e-9a57-3d7d0a6c11ab";

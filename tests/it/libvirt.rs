@@ -62,6 +62,29 @@ fn and_on_a_merge_while_libvirt_knows_the_checkpoints() {
 }
 
 #[test]
+fn and_on_members_that_became_bases() {
+    let mut agent = with_snapshots(4);
+    // One in the middle, and the newest, while libvirt knows the old parents; then again after it has forgotten all.
+    for at in [1, 3, 4] {
+        let base = agent.snapshots[at].clone();
+        agent.consolidate(&base);
+        agent.is_true();
+        grow(&mut agent, 5 + 2 * at);
+        agent.forget();
+        agent.redefine();
+        grow(&mut agent, 6 + 2 * at);
+        agent.is_true();
+    }
+    // The first base goes, as any: into the one above it.
+    agent.forget();
+    let base = agent.snapshots[1].clone();
+    agent.delete(&base);
+    agent.redefine();
+    grow(&mut agent, 20);
+    agent.is_true();
+}
+
+#[test]
 fn and_after_detach_and_attach_and_a_cold_migration() {
     let mut agent = with_snapshots(4);
     agent.detach();

@@ -7,6 +7,7 @@ mod change_cli;
 mod change_cost;
 mod cli_read;
 mod conformance;
+mod consolidate;
 mod crash_errors;
 mod crash_foreign;
 mod crash_incoming;

@@ -18,7 +18,7 @@ use crate::database::{Applied, Database};
 use crate::failure::{Code, Failure, with_causes};
 use crate::ops::OpError;
 use crate::ops::delete::{Gate, Plan, TreePlan};
-use crate::ops::reclaim::{row_changes, still};
+use crate::ops::reclaim::{Happening, row_changes, still};
 use crate::store::rows::RowMap;
 use crate::store::scan::{Finding, Scan};
 
@@ -77,7 +77,14 @@ impl Ledger<'_> {
 
     fn changes(&self, tree: &TreePlan) -> Vec<RowChange> {
         let merges = tree.entries.iter().filter_map(|entry| Some((entry.merge.as_ref()?, entry.file_length)));
-        row_changes(self.scan, self.map, merges)
+        // Who goes beside the targets is a stub, whose row stays as it was.
+        let removed =
+            tree.entries.iter().filter(|entry| entry.into.is_none()).flat_map(|entry| &entry.members);
+        let happening = Happening {
+            merges: merges.collect(),
+            removed: removed.copied().filter(|id| tree.targets.contains(id)).collect(),
+        };
+        row_changes(self.scan, self.map, &happening)
     }
 
     fn tree(&self, targets: &[NodeId]) -> Option<&TreePlan> {

@@ -1,17 +1,46 @@
-//! The checkpoint files that must follow a deletion.
+//! The checkpoint files that must follow a deletion, or a member that is made a base.
 
 use std::collections::BTreeMap;
 
 use crate::chain::graph::{Key, NodeId};
-use crate::change::checkpoint::{Edit, Volumes, edits};
+use crate::change::ChangeError;
+use crate::change::checkpoint::{Edit, Volumes, edits, orphan};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::failure::{Failure, with_causes};
+use crate::ops::delete::select::Aim;
 use crate::ops::{OpError, Result};
 use crate::store::Stores;
 use crate::store::scan::Scan;
 
-/// The edits that deleting `members` needs, or why one cannot be made.
-pub fn plan(stores: &Stores, scan: &Scan, members: &[NodeId], force: bool) -> Result<Vec<(Key, Edit)>> {
+/// The edits that deleting or consolidating `members` needs, or why one cannot be made.
+pub fn plan(
+    stores: &Stores,
+    scan: &Scan,
+    (aim, members): (Aim, &[NodeId]),
+    force: bool,
+) -> Result<Vec<(Key, Edit)>> {
+    match aim {
+        Aim::Delete => deleted(stores, scan, members, force),
+        Aim::Consolidate => consolidated(stores, scan, members, force),
+    }
+}
+
+/// A member that becomes a base has no parent any more; its children, and who stays below, name whom they named.
+fn consolidated(stores: &Stores, scan: &Scan, members: &[NodeId], force: bool) -> Result<Vec<(Key, Edit)>> {
+    let mut edits = Vec::new();
+    for id in members {
+        let key = &scan.graph.node(*id).key;
+        let Some(path) = checkpoint_of(&key.path) else { continue };
+        let file = Key { store: key.store, path };
+        if let Some(edit) = orphan(stores, &file, force).map_err(|error| refused(&error))? {
+            edits.push((file, edit));
+        }
+    }
+    Ok(edits)
+}
+
+/// A deleted member's name is replaced by the next one's below it, in every file of its volume.
+fn deleted(stores: &Stores, scan: &Scan, members: &[NodeId], force: bool) -> Result<Vec<(Key, Edit)>> {
     let key = |id: NodeId| &scan.graph.node(id).key;
     let checkpoint = |id: NodeId| {
         let path = checkpoint_of(&key(id).path)?;
@@ -33,11 +62,15 @@ pub fn plan(stores: &Stores, scan: &Scan, members: &[NodeId], force: bool) -> Re
             parents.insert(name.clone(), parent.clone());
         }
     }
-    edits(stores, &volumes, &own, &needed, force).map_err(|error| OpError::Refused {
+    edits(stores, &volumes, &own, &needed, force).map_err(|error| refused(&error))
+}
+
+fn refused(error: &ChangeError) -> OpError {
+    OpError::Refused {
         code: error.code(),
         member: error.member().unwrap_or_default().to_owned(),
-        message: with_causes(&error),
-    })
+        message: with_causes(error),
+    }
 }
 
 /// The nearest member below that stays.

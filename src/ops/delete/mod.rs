@@ -1,10 +1,13 @@
-//! `delete`: merges members away into their children, or removes a tip.
+//! `delete`: merges members away into their children, or removes a tip. `consolidate`, which merges all that is
+//! below a member into it, and takes nobody away, is another [`Aim`] of the same plan.
 //!
 //! [`plan`](plan()) says what would be done, from a scan and the maps, changing nothing; [`run`](run()) does
-//! just that. Rules on what may be deleted are in `select`, one merge is in `merge`, the order of names
-//! in `run`.
+//! just that. Rules on what may be deleted are in `select`, on what may be made a base in `consolidate`, on what the
+//! policy wants to be one in `due`; one merge is in `merge`, the order of names in `run`.
 
+mod consolidate;
 mod context;
+mod due;
 mod follow;
 mod merge;
 mod mode;
@@ -16,8 +19,9 @@ mod stub;
 mod worth;
 
 pub use context::{Context, Gate, Terms};
+pub use due::{Due, Yardstick, due};
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
 pub use run::run;
-pub use select::{InPlacePolicy, ModeChoice, Request};
+pub use select::{Aim, InPlacePolicy, ModeChoice, Request};
 pub use worth::{plan_worth, selectable};

@@ -8,7 +8,7 @@ use crate::chain::graph::NodeId;
 use crate::change::in_place::was_taken_over;
 use crate::failure::Code;
 use crate::ops::delete::plan::Mode;
-use crate::ops::delete::select::{InPlacePolicy, ModeChoice, Request};
+use crate::ops::delete::select::{Aim, InPlacePolicy, ModeChoice, Request};
 use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
 use crate::store::merge::{Cost, MergeInput};
@@ -202,6 +202,9 @@ fn unfit(
     probed: Option<&Capabilities>,
 ) -> Result<Option<String>> {
     let say = |text: &str| Ok(Some(text.to_owned()));
+    if request.aim == Aim::Consolidate {
+        return say("what is folded into it stays as it is");
+    }
     if request.in_place == InPlacePolicy::Never {
         return say("the configuration says never");
     }

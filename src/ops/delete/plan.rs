@@ -9,9 +9,10 @@ use crate::backend::Capabilities;
 use crate::chain::delete::{Departure, Merge};
 use crate::chain::graph::{Key, NodeId};
 use crate::change::yard::Yard;
+use crate::ops::delete::consolidate;
 use crate::ops::delete::follow;
 use crate::ops::delete::mode::{Choice, Chosen, choose};
-use crate::ops::delete::select::{Request, select};
+use crate::ops::delete::select::{Aim, Request, select};
 use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
 use crate::store::merge::Cost;
@@ -50,7 +51,7 @@ const KEPT_LAYOUTS_BYTES: u64 = 32 << 20;
 /// One survivor to be written, or one member whose name goes without.
 #[derive(Debug)]
 pub struct Entry {
-    /// The deleted members, lowest first.
+    /// The members that are merged, lowest first.
     pub members: Vec<NodeId>,
     /// The survivor that they are merged into; `None` if nobody reads them.
     pub into: Option<NodeId>,
@@ -78,8 +79,10 @@ pub struct Entry {
 /// What happens to one tree.
 #[derive(Debug)]
 pub struct TreePlan {
-    /// The members asked away that lie in it.
+    /// The members asked away, or to be made bases, that lie in it.
     pub targets: Vec<NodeId>,
+    /// What becomes of them.
+    pub aim: Aim,
     /// Survivors first, then removals.
     pub entries: Vec<Entry>,
     /// Every deleted member, children first, with the survivors that must be published before it goes.
@@ -177,17 +180,23 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn tree(&self, targets: Vec<NodeId>) -> TreePlan {
         let Self { stores, scan, request, .. } = *self;
-        let planned = select(stores, scan, request, &targets).and_then(|groups| {
-            follow::plan(stores, scan, &targets, request.force)?;
+        let aim = request.aim;
+        let selected = match aim {
+            Aim::Delete => select(stores, scan, request, &targets),
+            Aim::Consolidate => consolidate::select(stores, scan, request, &targets),
+        };
+        let planned = selected.and_then(|groups| {
+            follow::plan(stores, scan, (aim, &targets), request.force)?;
             let mut entries =
                 groups.merges.iter().map(|merge| self.merge(merge)).collect::<Result<Vec<_>>>()?;
             entries.extend(groups.removals.iter().map(|member| plan_removal(scan, *member)));
             Ok((entries, groups.departures))
         });
         match planned {
-            Ok((entries, departures)) => TreePlan { targets, entries, departures, refusal: None },
+            Ok((entries, departures)) => TreePlan { targets, aim, entries, departures, refusal: None },
             Err(refusal) => {
-                TreePlan { targets, entries: Vec::new(), departures: Vec::new(), refusal: Some(refusal) }
+                let (entries, departures) = (Vec::new(), Vec::new());
+                TreePlan { targets, aim, entries, departures, refusal: Some(refusal) }
             }
         }
     }
@@ -196,23 +205,17 @@ impl Planner<'_> {
         let Self { stores, scan, request, capabilities, kept_bytes } = *self;
         let Chosen { choice, layout, file_length, superseded_bytes } =
             choose(stores, scan, request, capabilities, merge)?;
-        let Choice { mode, reason, cost } = choice;
+        let Choice { mode, mut reason, cost } = choice;
+        if let Some(why) = request.reasons.get(&merge.survivor) {
+            reason = format!("{why}; {reason}");
+        }
         let layout = (mode != Mode::InPlace).then_some(layout).filter(|layout| {
             let bytes = layout.memory_bytes();
             kept_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= KEPT_LAYOUTS_BYTES
         });
-        // A member with several children goes with the last of them; its space is counted with its first.
-        let first_child = |id: &NodeId| {
-            let child = merge.merged.iter().position(|other| other == id);
-            let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
-            scan.graph.children(*id).first() == Some(above)
-        };
-        let gone: u64 =
-            merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
-        let before = gone + scan.allocated_bytes(merge.survivor);
-        let stays = match (mode, merge.merged.first()) {
-            (Mode::InPlace, Some(lowest)) => scan.allocated_bytes(*lowest).saturating_sub(superseded_bytes),
-            _ => 0,
+        let (bytes_to_free, bytes_to_take) = match request.aim {
+            Aim::Delete => deleted_bytes(scan, merge, mode, &cost, superseded_bytes),
+            Aim::Consolidate => folded_bytes(scan, merge, &cost),
         };
         Ok(Entry {
             members: merge.merged.clone(),
@@ -221,13 +224,39 @@ impl Planner<'_> {
             reason,
             cost,
             file_length,
-            bytes_to_free: before.saturating_sub(stays + cost.file_bytes()),
-            bytes_to_take: (stays + cost.file_bytes()).saturating_sub(before),
+            bytes_to_free,
+            bytes_to_take,
             bytes_needed: cost.written_bytes(),
             merge: Some(merge.clone()),
             layout,
         })
     }
+}
+
+/// What a merge of deleted members gives back, and what it takes more than before, in bytes.
+fn deleted_bytes(scan: &Scan, merge: &Merge, mode: Mode, cost: &Cost, superseded_bytes: u64) -> (u64, u64) {
+    // A member with several children goes with the last of them; its space is counted with its first.
+    let first_child = |id: &NodeId| {
+        let child = merge.merged.iter().position(|other| other == id);
+        let above = child.and_then(|at| merge.merged.get(at + 1)).unwrap_or(&merge.survivor);
+        scan.graph.children(*id).first() == Some(above)
+    };
+    let gone: u64 =
+        merge.merged.iter().filter(|id| first_child(id)).map(|id| scan.allocated_bytes(*id)).sum();
+    let before = gone + scan.allocated_bytes(merge.survivor);
+    let stays = match (mode, merge.merged.first()) {
+        (Mode::InPlace, Some(lowest)) => scan.allocated_bytes(*lowest).saturating_sub(superseded_bytes),
+        _ => 0,
+    };
+    let after = stays + cost.file_bytes();
+    (before.saturating_sub(after), after.saturating_sub(before))
+}
+
+/// The same of a member that becomes a base. What is cloned takes nothing, as it stays with those that it is cloned
+/// from; of the member's old file that goes which is not.
+fn folded_bytes(scan: &Scan, merge: &Merge, cost: &Cost) -> (u64, u64) {
+    let before = scan.allocated_bytes(merge.survivor).saturating_sub(cost.clone_bytes);
+    (before.saturating_sub(cost.written_bytes()), cost.written_bytes().saturating_sub(before))
 }
 
 fn plan_removal(scan: &Scan, member: NodeId) -> Entry {

@@ -224,7 +224,7 @@ fn commit(
     let survivors: Vec<NodeId> = tree.entries.iter().filter_map(|entry| entry.into).collect();
     let index_of = |survivor: &NodeId| survivors.iter().position(|other| other == survivor);
     let mut checkpoints = Vec::new();
-    let edits = follow::plan(context.stores, context.scan, &tree.targets, context.force)?;
+    let edits = follow::plan(context.stores, context.scan, (tree.aim, &tree.targets), context.force)?;
     for (number, (file, edit)) in edits.into_iter().enumerate() {
         let after = survivors.iter().position(|id| {
             key(*id).store == file.store && checkpoint_of(&key(*id).path).as_ref() == Some(&file.path)

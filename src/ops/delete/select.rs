@@ -1,11 +1,11 @@
 //! What may be deleted (design, sections 1 and 5): a scan and a request in, merges or a refusal out. Reads nothing
-//! but the tables of stubs, to see that they are empty.
+//! but the tables of stubs, to see that they are empty. What may be made a base is in `consolidate`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::chain::delete::{Groups, group};
 use crate::chain::graph::{NodeId, Parent};
-use crate::cloudstack::records::Records;
+use crate::cloudstack::records::{Records, Row};
 use crate::failure::Code;
 use crate::ops::delete::stub::holds_nothing;
 use crate::ops::{OpError, Result};
@@ -28,12 +28,26 @@ pub enum ModeChoice {
     Copy,
 }
 
-/// What is to be deleted, and what its caller vouches for.
+/// What becomes of the targets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aim {
+    /// They are merged into their children, and go.
+    #[default]
+    Delete,
+    /// All that is below each is merged into it, and stays: it becomes a full base.
+    Consolidate,
+}
+
+/// What is to be deleted or consolidated, and what its caller vouches for.
 #[derive(Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a word of the caller's of its own")]
 pub struct Request<'a> {
     /// The members.
     pub targets: Vec<NodeId>,
+    /// What becomes of them.
+    pub aim: Aim,
+    /// Why, of those that the caller did not name himself.
+    pub reasons: BTreeMap<NodeId, String>,
     /// How to move data.
     pub mode: ModeChoice,
     /// CloudStack's rows.
@@ -42,6 +56,9 @@ pub struct Request<'a> {
     pub assume_deleted: bool,
     /// The caller vouches that the chain has been ended, so that its newest member may go.
     pub end_of_chain: bool,
+    /// Members that are known not to be the newest of their chains, although no file says so: by rows somebody is
+    /// newer.
+    pub superseded: BTreeSet<NodeId>,
     /// Only a plan is wanted: what a store can do is taken from its `store.json` if that says it.
     pub dry_run: bool,
     /// Leave a checkpoint file that cannot be edited as it is.
@@ -96,22 +113,23 @@ pub fn select(stores: &Stores, scan: &Scan, request: &Request<'_>, targets: &[No
     Ok(groups)
 }
 
-struct Check<'a> {
-    stores: &'a Stores,
-    scan: &'a Scan,
-    request: &'a Request<'a>,
+/// What the rules look at.
+pub(super) struct Check<'a> {
+    pub(super) stores: &'a Stores,
+    pub(super) scan: &'a Scan,
+    pub(super) request: &'a Request<'a>,
 }
 
 impl<'a> Check<'a> {
-    fn member(&self, id: NodeId) -> Result<&'a Member> {
+    pub(super) fn member(&self, id: NodeId) -> Result<&'a Member> {
         self.scan.member(id).ok_or_else(|| refused(Code::NotFound, String::new(), "it is not in the scan"))
     }
 
-    fn name(&self, member: &Member) -> String {
+    pub(super) fn name(&self, member: &Member) -> String {
         self.stores.display(&member.key)
     }
 
-    fn refuse(&self, member: &Member, code: Code, message: impl Into<String>) -> OpError {
+    pub(super) fn refuse(&self, member: &Member, code: Code, message: impl Into<String>) -> OpError {
         refused(code, self.name(member), message)
     }
 
@@ -137,7 +155,7 @@ impl<'a> Check<'a> {
 
     /// A member whose file is read whole and replaced or dropped: readable, settled, one name, nothing inside
     /// that a merge would lose.
-    fn usable(&self, id: NodeId) -> Result<()> {
+    pub(super) fn usable(&self, id: NodeId) -> Result<()> {
         self.readable(id)?;
         self.one_name(id, self.member(id)?, false)
     }
@@ -164,14 +182,7 @@ impl<'a> Check<'a> {
         if let Some((code, message)) = member.reading.fault() {
             return Err(self.refuse(member, code, message));
         }
-        self.still(id)?;
-        if let Some(incoming) = &member.incoming {
-            return Err(self.refuse(
-                member,
-                Code::Incoming,
-                format!("still being made: {}", incoming.reason()),
-            ));
-        }
+        self.settled(id)?;
         let header = member.reading.header();
         if header.is_some_and(|header| header.snapshots > 0) {
             return Err(self.refuse(member, Code::HasInternalSnapshots, "a merge would drop its snapshots"));
@@ -215,6 +226,15 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
+    /// Nobody writes it, and it is whole.
+    pub(super) fn settled(&self, id: NodeId) -> Result<()> {
+        self.still(id)?;
+        let member = self.member(id)?;
+        let Some(incoming) = &member.incoming else { return Ok(()) };
+        let message = format!("still being made: {}", incoming.reason());
+        Err(self.refuse(member, Code::Incoming, message))
+    }
+
     /// CloudStack must have given the member up, by its rows or by the caller's word.
     fn given_up(&self, member: &Member) -> Result<()> {
         if !self.cloudstack(member)? || self.request.assume_deleted {
@@ -224,8 +244,7 @@ impl<'a> Check<'a> {
             let message = "nothing shows that CloudStack gave it up: give --records, or say --assume-deleted";
             return Err(self.refuse(member, Code::NotDeletable, message));
         };
-        let url = self.stores.get(member.key.store)?.config().url.as_ref().map(ToString::to_string);
-        match records.lookup(member.key.path.as_str(), url.as_deref()) {
+        match self.row(records, member)? {
             Some(row) if row.deletable() => Ok(()),
             Some(row) => {
                 let message = format!("CloudStack's records show it as {}", row.ref_state.as_str());
@@ -233,6 +252,12 @@ impl<'a> Check<'a> {
             }
             None => Err(self.refuse(member, Code::NotDeletable, "CloudStack's records have no row for it")),
         }
+    }
+
+    /// The row of a member's file.
+    pub(super) fn row(&self, records: &'a Records, member: &Member) -> Result<Option<&'a Row>> {
+        let url = self.stores.get(member.key.store)?.config().url.as_ref().map(ToString::to_string);
+        Ok(records.lookup(member.key.path.as_str(), url.as_deref()))
     }
 
     /// A member that no survivor reads, so that its chain gets a new tip or ends.
@@ -247,7 +272,11 @@ impl<'a> Check<'a> {
             let message = format!("{} is still being made and may become its child", self.name(newer));
             return Err(self.refuse(member, Code::Incoming, message));
         }
-        if self.cloudstack(member)? && !member.stub && !self.request.end_of_chain {
+        if self.cloudstack(member)?
+            && !member.stub
+            && !self.request.end_of_chain
+            && !self.request.superseded.contains(&id)
+        {
             let message = "the hypervisor names it as parent of its next increment: say --end-of-chain if the \
                            chain has been ended";
             return Err(self.refuse(member, Code::EndOfChain, message));

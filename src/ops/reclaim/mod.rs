@@ -8,5 +8,5 @@
 mod changes;
 mod select;
 
-pub use changes::row_changes;
+pub use changes::{Happening, row_changes};
 pub use select::{Bounds, Found, find, still};

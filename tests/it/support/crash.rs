@@ -34,6 +34,8 @@ pub enum Shape {
     Base,
     /// As `Middle`, in CloudStack's layout, with checkpoint files.
     Cloudstack,
+    /// The same, and nobody is deleted: a member in the middle becomes a full base.
+    Consolidate,
 }
 
 const FORK: &[(&str, &str)] = &[("base", ""), ("a", "base"), ("b", "a"), ("c", "a")];
@@ -41,13 +43,21 @@ const CHAIN: &[(&str, &str)] = &[("base", ""), ("a", "base"), ("b", "a"), ("c", 
 
 impl Shape {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Middle, Self::Several, Self::Apart, Self::Fork, Self::Tip, Self::Base, Self::Cloudstack];
+    pub const ALL: [Self; 8] = [
+        Self::Middle,
+        Self::Several,
+        Self::Apart,
+        Self::Fork,
+        Self::Tip,
+        Self::Base,
+        Self::Cloudstack,
+        Self::Consolidate,
+    ];
 
     /// The members, lowest first, each with its parent.
     fn members(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Middle | Self::Cloudstack => &CHAIN[..4],
+            Self::Middle | Self::Cloudstack | Self::Consolidate => &CHAIN[..4],
             Self::Several | Self::Apart => CHAIN,
             Self::Fork => FORK,
             Self::Tip | Self::Base => &CHAIN[..3],
@@ -61,7 +71,18 @@ impl Shape {
             Self::Apart => &["a", "c"],
             Self::Tip => &["b"],
             Self::Base => &["base"],
+            Self::Consolidate => &[],
         }
+    }
+
+    /// The members that the verb is told.
+    fn targets(self) -> &'static [&'static str] {
+        if self == Self::Consolidate { &["b"] } else { self.deleted() }
+    }
+
+    /// Whether it has CloudStack's layout.
+    fn is_cloudstack(self) -> bool {
+        matches!(self, Self::Cloudstack | Self::Consolidate)
     }
 
     /// The modes that can delete this shape there. Where no bytes move the mode makes no difference: then it
@@ -74,7 +95,7 @@ impl Shape {
         if fs != FsKind::Ext4 {
             modes.push(ModeChoice::Clone);
         }
-        if self != Self::Fork {
+        if !matches!(self, Self::Fork | Self::Consolidate) {
             modes.push(ModeChoice::InPlace);
         }
         modes
@@ -82,13 +103,13 @@ impl Shape {
 
     /// What the store is.
     pub fn store_kind(self) -> StoreKind {
-        if self == Self::Cloudstack { StoreKind::Cloudstack } else { StoreKind::Plain }
+        if self.is_cloudstack() { StoreKind::Cloudstack } else { StoreKind::Plain }
     }
 
     /// A member's path on its store.
     fn path(self, name: &str) -> String {
         match self {
-            Self::Cloudstack => format!("snapshots/2/7/{}", uuid(name)),
+            Self::Cloudstack | Self::Consolidate => format!("snapshots/2/7/{}", uuid(name)),
             _ => name.to_owned(),
         }
     }
@@ -134,6 +155,8 @@ pub struct Chain {
     pub survivors: Vec<String>,
     /// The members to be deleted.
     pub deleted: Vec<String>,
+    /// The members that the verb is told: those, or the one that is to be a base.
+    pub targets: Vec<String>,
     truths: TempDir,
 }
 
@@ -143,8 +166,9 @@ impl Chain {
         let (made, truths) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut numbers = Numbers(seed);
         let kind = Kind { compressed: shape == Shape::Fork, ..Kind::PLAIN };
-        let mut chain =
-            Self { shape, files: Files::new(), survivors: Vec::new(), deleted: Vec::new(), truths };
+        let targets = shape.targets().iter().map(|name| shape.path(name)).collect();
+        let (survivors, deleted) = (Vec::new(), Vec::new());
+        let mut chain = Self { shape, files: Files::new(), survivors, deleted, targets, truths };
         for (name, parent) in shape.members() {
             let spec = kind.member(SIZE, 7, &mut numbers);
             let path = made.path().join(shape.path(name));
@@ -165,7 +189,7 @@ impl Chain {
             let truth = chain.truth(&member);
             must("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&path), text(&truth)]);
             chain.files.insert(member.clone(), fs::read(&path).unwrap());
-            if shape == Shape::Cloudstack {
+            if shape.is_cloudstack() {
                 let parent = (!parent.is_empty()).then(|| uuid(parent));
                 let file = checkpoint(&uuid(name), parent.as_deref());
                 chain.files.insert(member.replace("snapshots/", "checkpoints/"), file);

@@ -13,14 +13,14 @@ use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
 use qchain::failure::with_causes;
 use qchain::ops::OpError;
-use qchain::ops::delete::{ModeChoice, Report, Terms};
+use qchain::ops::delete::{Aim, ModeChoice, Report, Terms};
 use qchain::ops::recover::{history, recover, undo};
 use qchain::progress::Cancel;
 use qchain::store::Stores;
 use serde::{Deserialize, Serialize};
 
 use super::forked::{Forked, asked};
-use super::store::{delete_by, open_with};
+use super::store::{change_by, open_with};
 
 /// So long that no renewal is among the calls of one operation: those come by the clock.
 pub const LONG: Duration = Duration::from_hours(1);
@@ -34,6 +34,8 @@ const WHAT: &str = "kill";
 pub enum Verb {
     /// Delete the members.
     Delete,
+    /// Make the members full bases.
+    Consolidate,
     /// Finish what is there.
     Recover,
     /// Take the last operation back.
@@ -58,7 +60,7 @@ pub struct Order {
     pub root: PathBuf,
     /// What it does.
     pub verb: Verb,
-    /// The members, for a deletion.
+    /// The members that it is told.
     pub members: Vec<String>,
     /// As on the command line.
     pub mode: String,
@@ -90,9 +92,10 @@ pub fn act(
         Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => Ok(()),
     };
     match verb {
-        Verb::Delete => {
+        Verb::Delete | Verb::Consolidate => {
             let members: Vec<&str> = members.iter().map(String::as_str).collect();
-            let report: Report = delete_by(&site, &members, mode, terms, 1).map_err(failed)?;
+            let aim = if verb == Verb::Delete { Aim::Delete } else { Aim::Consolidate };
+            let report: Report = change_by(&site, (aim, &members), mode, terms, 1).map_err(failed)?;
             report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(()), Err).map_err(failed)
         }
         Verb::Recover => {

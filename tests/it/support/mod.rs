@@ -21,5 +21,6 @@ pub mod qemu;
 pub mod reader;
 pub mod sim;
 pub mod store;
+pub mod volume;
 pub mod world;
 pub mod writer;

@@ -11,7 +11,7 @@ use qchain::backend::{Backend, Means};
 use qchain::change::leaving::leaving;
 use qchain::change::{Site, SystemClock};
 use qchain::ids::StoreId;
-use qchain::ops::delete::{Context, ModeChoice, Plan, Report, Request, Terms, plan, run};
+use qchain::ops::delete::{Aim, Context, ModeChoice, Plan, Report, Request, Terms, plan, run};
 use qchain::ops::recover::begin;
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
@@ -93,14 +93,32 @@ pub fn delete_by(
     terms: Terms,
     jobs: usize,
 ) -> Result<Report> {
+    change_by(site, (Aim::Delete, members), mode, terms, jobs)
+}
+
+/// The same, or what makes the members full bases.
+pub fn change_by(
+    site: &Site<'_>,
+    (aim, members): (Aim, &[&str]),
+    mode: ModeChoice,
+    terms: Terms,
+    jobs: usize,
+) -> Result<Report> {
     let stores = site.stores;
     let guard = begin(site, terms.witness)?;
     let scan = scan(stores);
     let members: Vec<String> = members.iter().map(|name| (*name).to_owned()).collect();
     let targets = names::resolve_all(stores, &scan, &members).map_err(OpError::from)?;
     let leaving = leaving(site, &scan)?;
-    let request =
-        Request { targets, mode, assume_deleted: true, end_of_chain: true, leaving, ..Request::default() };
+    let request = Request {
+        targets,
+        aim,
+        mode,
+        assume_deleted: true,
+        end_of_chain: true,
+        leaving,
+        ..Request::default()
+    };
     let plan = plan(stores, &scan, &request)?;
     run(&context(site, &scan, &plan, jobs, terms), &guard)
 }

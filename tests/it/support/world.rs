@@ -14,6 +14,11 @@ use super::qemu::{io, must, text};
 /// Where hosts mount the pool of [`World::pool`].
 pub const MOUNT: &str = "/mnt/5a2f7c80-0000-3000-8000-000000000001";
 
+/// The columns of `scripts/export-records.sql`.
+pub const COLUMNS: &str = "store_uuid\tstore_url\tstore_role\tsnapshot_id\tsnapshot_uuid\tsnapshot_name\taccount_id\t\
+    volume_id\thypervisor_type\tsnapshot_status\tref_state\tinstall_path\tparent_snapshot_id\tend_of_chain\t\
+    size\tphysical_size\tkvm_checkpoint_path\tcreated";
+
 /// A store of CloudStack's layout, and a home for the caches.
 pub struct World {
     /// Removed at the end.
