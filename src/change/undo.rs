@@ -1,5 +1,6 @@
 //! Taking an operation back, as one of its own: deleted members and old survivors get their names again.
 
+use crate::backend::BackendError;
 use crate::chain::graph::Key;
 use crate::change::decided::Decided;
 use crate::change::error::{ChangeError, Result};
@@ -157,11 +158,34 @@ fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict>
             .map_err(|error| Conflict::With(format!("the old file of {} is damaged: {error}", at.name)))?;
         let Some(backing) = &image.header().backing else { continue };
         let child = NamedAt { store: at.key.store, path: &at.key.path };
-        if names.resolve(&backing.name, child, &exists) == Target::Missing {
+        let gone = match names.resolve(&backing.name, child, &exists) {
+            Target::Missing => true,
+            Target::Member { store, path, .. } => {
+                let below = Key { store, path };
+                !restored.contains(&below) && is_stub(site, &below)?
+            }
+            Target::Ambiguous(_) | Target::Outside(_) => false,
+        };
+        if gone {
             return Err(Conflict::With(format!("what {} reads through was deleted since", at.name)));
         }
     }
     Ok(())
+}
+
+/// Whether an empty image stands in for a deleted member: an old file would read what is below that through it, and
+/// not what it read.
+fn is_stub(site: &Site<'_>, key: &Key) -> std::result::Result<bool, Conflict> {
+    let at = site.at(&site.place(key)?)?;
+    let file = match at.backend.open(&key.path) {
+        Ok(file) => file,
+        Err(BackendError::NotFound { .. }) => return Ok(false),
+        Err(source) => return Err(at.failed("open")(source).into()),
+    };
+    let own = site.stores.get(key.store).map_err(ChangeError::from)?.record().map(|record| &record.id);
+    let image = Image::open(file, &at.name)
+        .map_err(|error| Conflict::With(format!("{} cannot be read: {error}", at.name)))?;
+    Ok(image.header().stub.is_some() && image.header().stub.as_ref() == own)
 }
 
 /// A deleted member whose stub has its name, and the stub as it is now.

@@ -41,3 +41,4 @@ mod ssvm_client;
 mod support;
 mod tidy;
 mod two_instances;
+mod undo_stubs;
