@@ -115,7 +115,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let leaving = leaving(&site, &scan).map_err(OpError::from)?;
     let map = RowMap::new(&stores, &scan, &records);
     let bounds = Bounds { accounts: args.account.clone() };
-    let Found { targets, mut findings } = find(&stores, &scan, &map, &leaving, &bounds);
+    let Found { targets, superseded, mut findings } = find(&stores, &scan, &map, &leaving, &bounds);
     findings.extend(late);
     let mut request = Request {
         targets,
@@ -124,6 +124,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         dry_run: args.dry_run,
         in_place: context.in_place(),
         leaving,
+        superseded,
         stubs: args.rows == Rows::Untouched,
         ..Request::default()
     };

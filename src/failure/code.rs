@@ -455,6 +455,11 @@ codes! {
         "CloudStack's row and the image's header name different parents.",
         "CloudStack may delete a file that is still read, or keep one for nobody.",
         "Trust the header for reading; find out what moved or rebased the file.";
+    /// A full base whose row still names a parent.
+    StandsAlone = "stands-alone", Info,
+        "By its row the snapshot stands on another; by header and checkpoint file it is a full base, as qchain consolidate makes it.",
+        "CloudStack keeps the old parent for it, although nobody reads that.",
+        "Nothing has to be done: qchain reclaim knows it. To set its row right, run the statements of consolidate --rows print.";
     /// Space that a deleted member holds.
     HiddenBytes = "hidden-bytes", Info,
         "The user deleted the snapshot, and its file keeps its size for those that build on it.",
@@ -464,7 +469,7 @@ codes! {
     HiddenTip = "hidden-tip", Warning,
         "CloudStack hides the snapshot, which nobody builds on any more, and did not remove its file.",
         "It takes space, and nothing of CloudStack's removes it.",
-        "Remove it with qchain delete --records FILE --end-of-chain.";
+        "Run qchain reclaim if snapshots are said to build on it that do not read it; else remove it with qchain delete --records FILE --end-of-chain.";
     /// A destroyed snapshot whose file is still there.
     DestroyedFile = "destroyed-file", Warning,
         "By its row the snapshot is Destroyed, and its file is still there.",

@@ -8,6 +8,7 @@ mod change_cost;
 mod cli_read;
 mod conformance;
 mod consolidate;
+mod consolidate_rows;
 mod crash_errors;
 mod crash_foreign;
 mod crash_incoming;

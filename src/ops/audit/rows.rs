@@ -61,8 +61,13 @@ fn given_up(ground: &Ground<'_>, id: NodeId, member: &Member, row: &Row) -> Opti
             (Code::HiddenBytes, format!("snapshot {snapshot} is deleted, and kept for what builds on it"))
         }
         RefState::Hidden => {
-            // On another store, or in the making, somebody may build on it.
-            let expected = ground.rows.as_ref().is_some_and(|rows| rows.children(snapshot).next().is_some());
+            // On another store, or in the making, somebody may build on it; who is a full base does not.
+            let alone = |row: &Row| {
+                let place = ground.place(row).and_then(|key| ground.scan.graph.find(&key));
+                place.is_some_and(|id| ground.scan.stands_alone(id))
+            };
+            let rows = ground.rows.as_ref();
+            let expected = rows.is_some_and(|rows| rows.children(snapshot).any(|row| !alone(row)));
             if expected || member.incoming.is_some() || !ground.is_old(&member.stat) {
                 return None;
             }
@@ -147,6 +152,11 @@ fn parent(
     }
     if named.is_none() && header.is_none() {
         return None;
+    }
+    if ground.scan.stands_alone(id) {
+        let by_row = named.map_or_else(String::new, |snapshot| format!(" on snapshot {snapshot}"));
+        let message = format!("by its row it stands{by_row}; it is a full base, and does not read that");
+        return Some(AuditFinding { code: Code::StandsAlone, member: ground.name(id), message, bytes: None });
     }
     let by_row = named.map_or_else(|| "no parent".to_owned(), |snapshot| format!("snapshot {snapshot}"));
     let by_header = header.map_or_else(|| "no parent".to_owned(), |key| ground.stores.display(key));

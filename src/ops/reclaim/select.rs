@@ -24,13 +24,16 @@ pub struct Bounds {
 /// What was found.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// Members that are Hidden, at full size, with living children.
+    /// Members that are Hidden, at full size, with living children, or with such by their rows that read them no more.
     pub targets: Vec<NodeId>,
+    /// Those of the targets that are not the newest of their chains by their rows, whatever the files say.
+    pub superseded: BTreeSet<NodeId>,
     /// Why others are not among them, and what is wrong with rows.
     pub findings: Vec<Finding>,
 }
 
-/// Finds the members that are Hidden and have living children, where rows and files tell the same story.
+/// Finds the members that are Hidden and have living children, where rows and files tell the same story: or a story
+/// of members that became full bases, and whose rows still name the parent that they had.
 /// `leaving` are those that were deleted already and have their names still. `Destroyed` ones are CloudStack's to
 /// remove; what is being copied, migrated or made is left alone.
 #[must_use]
@@ -63,7 +66,12 @@ pub fn find(
             None => children_agree(stores, scan, map, leaving, id, row),
         };
         match agree {
-            Ok(true) => found.targets.push(id),
+            Ok(true) => {
+                found.targets.push(id);
+                if map.children(row.snapshot_id).next().is_some() {
+                    found.superseded.insert(id);
+                }
+            }
             // CloudStack removes it by itself.
             Ok(false) => {}
             Err((code, message)) => {
@@ -90,7 +98,9 @@ fn moving(stores: &Stores, scan: &Scan, map: &RowMap<'_>, keys: &[&Key]) -> BTre
     trees
 }
 
-/// Whether a member has children that stay, each of which its rows know, and none that only they know.
+/// Whether a member has children that stay, each of which its rows know, and none that only they know. A child by its
+/// row that is a full base ([`Scan::stands_alone`]) reads nothing of it: with such alone nobody reads the member, and
+/// yet CloudStack keeps it for them.
 fn children_agree(
     stores: &Stores,
     scan: &Scan,
@@ -122,7 +132,10 @@ fn children_agree(
         for child in map.children(snapshot) {
             let place = map.place(child);
             match place.and_then(|key| scan.graph.find(key)) {
+                // It was taken away before: its own children are children now.
+                Some(known) if scan.is_idle_stub(known) => left.push(child.snapshot_id),
                 Some(known) if children.contains(&known) => {}
+                Some(known) if is_at_rest(child) && scan.stands_alone(known) => living = true,
                 // It was merged away before, and its own children stand here now.
                 None if place.is_some() && child.ref_state == RefState::Hidden => {
                     left.push(child.snapshot_id);
@@ -139,6 +152,11 @@ fn children_agree(
         }
     }
     Err((Code::RowsDisagree, "its rows go round in circles".to_owned()))
+}
+
+/// Whether nothing is done to a snapshot: it is not being made, moved or removed.
+fn is_at_rest(row: &Row) -> bool {
+    matches!(row.ref_state, RefState::Ready | RefState::Hidden)
 }
 
 /// Whether the rows around a tree's targets read as when they were planned with: the same rows, in the same
