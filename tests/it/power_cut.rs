@@ -58,9 +58,9 @@ impl Deed {
         Terms { grace_ns, retention_ns, ..Terms::default() }
     }
 
-    fn verb(self) -> Verb {
+    fn verb(self, chain: &Chain) -> Verb {
         match self {
-            Self::Delete | Self::Slow => Verb::Delete,
+            Self::Delete | Self::Slow => Verb::on(chain),
             Self::Undo => Verb::Undo,
         }
     }
@@ -104,7 +104,7 @@ impl Room {
         let root = self.root();
         chain.put(&root);
         if case.deed == Deed::Undo {
-            act(&open(&root), Verb::Delete, &chain.deleted, case.mode, case.deed.terms()).unwrap();
+            act(&open(&root), Verb::on(chain), &chain.targets, case.mode, case.deed.terms()).unwrap();
         }
         rustix::fs::syncfs(File::open(self.mount.path()).unwrap()).unwrap();
     }
@@ -118,12 +118,12 @@ impl Room {
         let root = self.root();
         chain.put(&root);
         let original = outside(&root);
-        act(&open(&root), Verb::Delete, &chain.deleted, case.mode, Terms::default()).unwrap();
+        act(&open(&root), Verb::on(chain), &chain.targets, case.mode, Terms::default()).unwrap();
         let deleted = outside(&root);
         self.prepare(chain, case);
         let faulty = Faulty::new(Arc::new(PosixStore::open(&root).unwrap()));
         let stores = open_with(&root, Arc::new(faulty.clone()));
-        act(&stores, case.deed.verb(), &chain.deleted, case.mode, case.deed.terms()).unwrap();
+        act(&stores, case.deed.verb(chain), &chain.targets, case.mode, case.deed.terms()).unwrap();
         let (before, after) = if case.deed == Deed::Undo { (deleted, original) } else { (original, deleted) };
         (mutations(&faulty.trace()), States { before, after })
     }
@@ -139,7 +139,7 @@ impl Room {
             faulty.before_mutation(at, move || case.cut.cut(&place));
         }
         let stores = open_with(&root, Arc::new(faulty.clone()));
-        let done = act(&stores, case.deed.verb(), &chain.deleted, case.mode, case.deed.terms()).is_ok();
+        let done = act(&stores, case.deed.verb(chain), &chain.targets, case.mode, case.deed.terms()).is_ok();
         if at == calls {
             case.cut.cut(&place);
         }
@@ -224,15 +224,18 @@ fn check_end(recovered: &[Recovered], may_wait: bool, row: &mut Row) {
     }
 }
 
+/// The chains.
+const SHAPES: [Shape; 5] =
+    [Shape::Middle, Shape::Several, Shape::Fork, Shape::Cloudstack, Shape::Consolidate];
+
 /// All cases of a file system.
 fn cases(fs: FsKind) -> Vec<Case> {
     let complete = match fs {
         FsKind::Xfs => (Deed::Delete, Shape::Cloudstack, ModeChoice::Clone),
         _ => (Deed::Delete, Shape::Middle, ModeChoice::InPlace),
     };
-    let shapes = [Shape::Middle, Shape::Several, Shape::Fork, Shape::Cloudstack];
     let mut cases = Vec::new();
-    for shape in shapes {
+    for shape in SHAPES {
         for mode in shape.modes(fs) {
             for deed in [Deed::Delete, Deed::Slow, Deed::Undo] {
                 let undone = deed == Deed::Undo && mode == ModeChoice::InPlace;
@@ -253,8 +256,7 @@ fn cases(fs: FsKind) -> Vec<Case> {
 fn matrix(fs: FsKind) {
     let mut room = Room::new(fs);
     let mut table = Table::new(&format!("power-cut-{fs:?}").to_lowercase());
-    let chains = [Shape::Middle, Shape::Several, Shape::Fork, Shape::Cloudstack]
-        .map(|shape| Chain::make(shape, seed()));
+    let chains = SHAPES.map(|shape| Chain::make(shape, seed()));
     for case in cases(fs) {
         let chain = chains.iter().find(|chain| chain.shape == case.shape).unwrap();
         room.cut_all(chain, case, &mut table);

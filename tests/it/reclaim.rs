@@ -265,6 +265,35 @@ fn hidden_space_comes_back_and_rows_are_right_in_all_three_modes() {
     }
 }
 
+#[test]
+fn rows_follow_members_that_become_bases_and_what_is_hidden_below_them() {
+    let database = MariaDb::start();
+    let zone = branched(["Hidden", "Hidden", "Ready", "Ready", "Ready", "Ready", "Ready"]);
+    zone.init();
+    zone.fill(&database);
+    let (url, before) = (database.url(), rows(&database));
+    let consolidate = |number: usize, rows: &str| {
+        let call = ["consolidate", &zone.snapshots[number - 1].path, "--database", &url, "--rows", rows];
+        zone.run(&[&call[..], &AT_ONCE[..]].concat())
+    };
+    consolidate(3, "untouched");
+    assert_eq!(rows(&database), before);
+    let done = consolidate(5, "apply");
+    assert_eq!(done["rows"][0]["status"], "applied", "{done}");
+    zone.assert_views("bases");
+    let done = zone.reclaim(&database, &["--rows", "apply"]);
+    assert_eq!((&done["rows"][0]["status"], &done["findings"]), (&json!("applied"), &json!([])), "{done}");
+    zone.assert_views("what was below is gone");
+    assert!(!zone.file(1).exists() && !zone.file(2).exists());
+    let expected =
+        ["1\tDestroyed\t0", "2\tDestroyed\t1", "3\tReady\t0", "4\tReady\t3", "5\tReady\t0", "6\tReady\t3"];
+    assert_eq!(rows(&database), expected);
+    let sizes =
+        "SELECT physical_size FROM snapshot_store_ref WHERE snapshot_id IN (3, 5) ORDER BY snapshot_id";
+    let lengths = [3, 5].map(|number| fs::metadata(zone.file(number)).unwrap().len().to_string());
+    assert_eq!(database.ask(sizes), lengths);
+}
+
 /// Whoever is put on a stub, moves it, or removes it, reads and leaves what there was.
 fn stubs_are_of_no_harm(zone: &Zone) {
     let listed = zone.run(&["list"]);

@@ -19,6 +19,7 @@ use qchain::progress::Cancel;
 use qchain::store::Stores;
 use serde::{Deserialize, Serialize};
 
+use super::crash::{Chain, Shape};
 use super::forked::{Forked, asked};
 use super::store::{change_by, open_with};
 
@@ -40,6 +41,13 @@ pub enum Verb {
     Recover,
     /// Take the last operation back.
     Undo,
+}
+
+impl Verb {
+    /// What is to be done to a chain.
+    pub fn on(chain: &Chain) -> Self {
+        if chain.shape == Shape::Consolidate { Self::Consolidate } else { Self::Delete }
+    }
 }
 
 /// When it dies.
