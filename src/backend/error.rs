@@ -102,6 +102,12 @@ impl BackendError {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
     }
 
+    /// Whether the store can only be read.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
+    }
+
     /// Whether the store lacks the operation (hard links, exchange, image locks, clones), so that another way
     /// to the same end is worth a try.
     #[must_use]

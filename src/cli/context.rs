@@ -160,6 +160,11 @@ impl Context {
         output::text(write)
     }
 
+    /// Whether nothing may be written to any store.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Refuses if the call is `--read-only`.
     pub fn check_writable(&self) -> Result<()> {
         if self.read_only {

@@ -157,6 +157,9 @@ struct Claim {
     bytes: u64,
     /// Of these, how many were read on both sides and compared.
     compared_bytes: u64,
+    /// The digest that was proved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
 }
 
 /// A plan with what it takes to name its members.
@@ -218,7 +221,19 @@ impl Shown<'_> {
 
     fn result_entry<'r>(&self, outcome: &'r Outcome) -> ResultEntry<'r> {
         let proved = outcome.planned_bytes + outcome.compared_bytes;
-        let claim = Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes };
+        let plan = Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes, digest: None };
+        let digest = outcome.view_digest.map(|digest| Claim {
+            name: "digest",
+            bytes: outcome.digest_bytes,
+            compared_bytes: 0,
+            digest: Some(digest.to_string()),
+        });
+        let data = (outcome.data_bytes > 0).then_some(Claim {
+            name: "data",
+            bytes: outcome.data_bytes,
+            compared_bytes: outcome.data_bytes,
+            digest: None,
+        });
         let made = outcome.into.is_some() && outcome.error.is_none();
         ResultEntry {
             operation: &outcome.operation,
@@ -234,7 +249,7 @@ impl Shown<'_> {
             bytes_held_until_purge: outcome.bytes_held_until_purge,
             undo_until: outcome.undo_until_ns.map(time),
             note: outcome.note.as_deref(),
-            claims: if made { vec![claim] } else { Vec::new() },
+            claims: std::iter::once(plan).chain(digest).chain(data).filter(|_| made).collect(),
             elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
         }
     }

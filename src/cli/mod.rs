@@ -7,6 +7,7 @@
 //! With `--json` standard output is one JSON document and nothing else, a failure too. Progress and logs go
 //! to standard error.
 
+mod adopt;
 mod audit;
 mod bar;
 mod cache;
@@ -102,6 +103,8 @@ enum Command {
     Map(map::Args),
     /// Compute the digest of a member's view
     Digest(digest::Args),
+    /// Read settled members once, and keep the digests by which damage is found
+    Adopt(adopt::Args),
     /// Check members for damage
     Verify(verify::Args),
     /// Hold files against headers, checkpoint files, CloudStack's rows and the policy
@@ -140,6 +143,9 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::List(args) => list::run(&context()?, args),
         Command::Map(args) => map::run(&context()?, args),
         Command::Digest(args) => digest::run(&context()?, args),
+        Command::Adopt(args) => {
+            metrics::run(context(), "adopt", &args.metrics, true, |context| adopt::run(context, args))
+        }
         Command::Verify(args) => verify::run(&context()?, args),
         Command::Audit(args) => audit::run(&context()?, args),
         Command::Delete(args) => {

@@ -1,7 +1,8 @@
 //! Blocks, leaves and view digests: what makes two views comparable without comparing their bytes.
 //!
 //! Owns: the digest of a block ([`leaf`]) and of a whole view ([`TreeBuilder`]), defined right
-//! here and held by vectors of a separate program. Does not own: reading views, or storing leaves. Pure.
+//! here and held by vectors of a separate program; leaf tables as bytes ([`table`]), and the leaves of a view from the
+//! tables of its chain ([`view`]). Does not own: reading views, or files. Pure.
 //!
 //! - Block `i` of a view is guest bytes `[i * 65536, (i + 1) * 65536)`, the last one zero-padded.
 //! - A leaf is the BLAKE3 of one block, so a hole, a zero cluster and written zeros are the same.
@@ -13,7 +14,9 @@
 //! A digest depends only on what a guest would read and on the virtual size, never on cluster size,
 //! compression, or which member of a chain holds the bytes.
 
+pub mod table;
 mod tree;
+pub mod view;
 
 use crate::ids::Digest;
 use crate::units::BLOCK_BYTES;

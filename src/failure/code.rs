@@ -345,6 +345,66 @@ codes! {
         "qemu-img finds a difference between a survivor and the old chain it replaced. The old files were put back and the tree is frozen.",
         "None if the old files are whole; it is a bug or failing storage.",
         "Report it with the log; check the storage; then qchain recover --thaw OPERATION.";
+    /// Never adopted.
+    NotAdopted = "not-adopted", Info,
+        "The member has no manifest: nothing is known of what its bytes should be.",
+        "Damage to its data would not be noticed.",
+        "qchain adopt reads it once and keeps the digests of its blocks.";
+    /// Not the file that was adopted.
+    ChangedSinceAdoption = "changed-since-adoption", Error,
+        "Something has written to the member's file, or has put another one under its name, since it was adopted, and its content is another one.",
+        "The snapshot may not be what it was; what stands on it reads wrong.",
+        "Find out who wrote it. If the new content is right, qchain adopt --accept-changed takes it; else restore the file from a copy (qchain repair).";
+    /// Another file with the same content.
+    Rewritten = "rewritten", Info,
+        "The member's file was written anew since it was adopted, and says what it said.",
+        "None.",
+        "qchain adopt takes note of the new file.";
+    /// The same parent under another name.
+    Relinked = "relinked", Info,
+        "The backing name in the member's header was changed since it was adopted, and leads to the same parent.",
+        "None.",
+        "Nothing needs to be done.";
+    /// Another parent.
+    ReParented = "re-parented", Warning,
+        "The backing name in the member's header was changed since it was adopted, and leads to another parent.",
+        "None if both read the same under it; verify --level data looks.",
+        "qchain adopt binds it to the new parent if its view is the same.";
+    /// The parent's content is not what it was.
+    ParentChanged = "parent-changed", Error,
+        "The member's parent is not the one that it was adopted on: its view is another one.",
+        "The member's view is wrong wherever it shows its parent.",
+        "Put the right parent back; CloudStack's snapshot_store_ref and the checkpoint file name it.";
+    /// Bytes that are not what they were.
+    DataDamaged = "data-damaged", Error,
+        "Blocks of the member do not hash to the leaves that were kept of them.",
+        "The named ranges of this snapshot, and of those that show them, are not what was backed up.",
+        "qchain repair takes the blocks from a copy; nothing is deleted by itself.";
+    /// Damage of another member.
+    ShowsDamage = "shows-damage", Error,
+        "A member below is damaged, and this one shows the damaged part.",
+        "The snapshot cannot be read right there.",
+        "Repair the member that is named.";
+    /// Tables that are not what they were.
+    MetadataDamaged = "metadata-damaged", Error,
+        "The member's header or tables are not what they were when it was adopted, although nothing wrote to the file.",
+        "Any part of the snapshot may be read from a wrong place.",
+        "Restore the file from a copy (qchain repair); do not merge it.";
+    /// A manifest that cannot be read.
+    ManifestDamaged = "manifest-damaged", Warning,
+        "The member's manifest cannot be read.",
+        "None for the member; damage to its data would not be noticed.",
+        "If a copy agrees on its digest (qchain digest), adopt it again.";
+    /// A leaf table that cannot be read.
+    LeavesDamaged = "leaves-damaged", Warning,
+        "The member's leaf table cannot be read.",
+        "None for the member; damage to its data would not be noticed.",
+        "If qchain digest still gives the digest in its manifest, adopt it again with --accept-changed.";
+    /// Known to be damaged.
+    Quarantined = "quarantined", Error,
+        "The member was found damaged, and nothing was found right since.",
+        "What is made from it would pass the damage on.",
+        "qchain repair takes what is damaged from a copy; then verify it. --force goes on, and marks the result.";
     /// A file name that cannot be a member's name.
     BadName = "bad-name", Warning,
         "A name on the store is no UTF-8, too long, or has control characters.",

@@ -155,6 +155,7 @@ fn refusal_kind(code: Code) -> Kind {
         | Code::Cycle
         | Code::OutsideName
         | Code::AmbiguousParent => Kind::Corrupt,
+        Code::DataDamaged | Code::MetadataDamaged | Code::ChangedSinceAdoption | Code::ParentChanged => Kind::Damage,
         Code::NoSpace => Kind::NoSpace,
         Code::Io => Kind::Io,
         Code::Cancelled => Kind::Cancelled,

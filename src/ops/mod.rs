@@ -4,6 +4,7 @@
 //! render; nothing here knows a terminal or HTTP. Verbs never import each other; what two need moves down a
 //! layer.
 
+pub mod adopt;
 pub mod audit;
 pub mod delete;
 pub mod digest;

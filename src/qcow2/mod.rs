@@ -9,6 +9,7 @@
 //! - [`layout`]: the byte-exact plan of an image to be, as a pure function of a map.
 //! - [`mod@write`]: puts a planned image into a file: an empty one, or behind the end of one that is kept.
 //! - [`check`]: refcounts, overlaps, metadata past the end: findings, not errors.
+//! - [`mod@fingerprint`]: a digest of the metadata, that says whether it changed.
 //!
 //! Every number from a file is untrusted: sizes are capped before memory is taken, arithmetic is checked,
 //! walks are bounded, and no name inside an image is ever opened.
@@ -17,6 +18,7 @@
 pub mod check;
 pub mod compressed;
 mod error;
+pub mod fingerprint;
 pub mod format;
 pub mod header;
 pub mod image;

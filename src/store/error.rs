@@ -4,6 +4,7 @@ use crate::backend::BackendError;
 use crate::chain::graph::ChainError;
 use crate::failure::{Code, Failure, Kind};
 use crate::qcow2::ImageError;
+use crate::store::manifest::leaves::LeafError;
 
 /// What the store layer gives.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -110,6 +111,25 @@ pub enum StoreError {
         /// What is wrong.
         message: String,
     },
+    /// A member is not what is known of it.
+    #[error("{member}: {message}")]
+    Damaged {
+        /// What is so.
+        code: Code,
+        /// The member.
+        member: String,
+        /// In a sentence.
+        message: String,
+    },
+    /// A leaf table failed.
+    #[error("failed to use what is known of member {member}")]
+    Leaves {
+        /// The member.
+        member: String,
+        /// The cause.
+        #[source]
+        source: LeafError,
+    },
     /// The call does not make sense.
     #[error("{detail}")]
     Usage {
@@ -129,7 +149,9 @@ impl StoreError {
 impl Failure for StoreError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Backend { source, .. } => source.kind(),
+            Self::Backend { source, .. } | Self::Leaves { source: LeafError::Store { source, .. }, .. } => {
+                source.kind()
+            }
             Self::Image { source, .. } => source.kind(),
             Self::Chain { source, .. } => source.kind(),
             Self::NotInitialised { .. }
@@ -137,7 +159,10 @@ impl Failure for StoreError {
             | Self::Primary { .. }
             | Self::BadRecord { .. }
             | Self::Absent { .. }
+            | Self::Leaves { source: LeafError::Fault { .. }, .. }
+            | Self::Damaged { code: Code::Quarantined, .. }
             | Self::Proof { .. } => Kind::Refused,
+            Self::Damaged { .. } => Kind::Damage,
             Self::Closed { .. } => Kind::Io,
             Self::Busy { .. } => Kind::Busy,
             Self::NotFound { .. } => Kind::NotFound,
@@ -147,7 +172,9 @@ impl Failure for StoreError {
 
     fn code(&self) -> Code {
         match self {
-            Self::Backend { source, .. } => source.code(),
+            Self::Backend { source, .. } | Self::Leaves { source: LeafError::Store { source, .. }, .. } => {
+                source.code()
+            }
             Self::Image { source, .. } => source.code(),
             Self::Chain { source, .. } => source.code(),
             Self::NotInitialised { .. } | Self::BadRecord { .. } => Code::NotInitialised,
@@ -157,6 +184,8 @@ impl Failure for StoreError {
             Self::Absent { .. } => Code::StoreAbsent,
             Self::Busy { .. } => Code::StoreBusy,
             Self::Proof { .. } => Code::ProofFailed,
+            Self::Damaged { code, .. } => *code,
+            Self::Leaves { source: LeafError::Fault { .. }, .. } => Code::LeavesDamaged,
             Self::NotFound { .. } => Code::NotFound,
             Self::Ambiguous { .. } => Code::Ambiguous,
             Self::Usage { .. } => Code::Usage,
@@ -165,9 +194,11 @@ impl Failure for StoreError {
 
     fn member(&self) -> Option<&str> {
         match self {
-            Self::Image { member, .. } | Self::Chain { member, .. } | Self::Proof { member, .. } => {
-                Some(member)
-            }
+            Self::Image { member, .. }
+            | Self::Chain { member, .. }
+            | Self::Leaves { member, .. }
+            | Self::Damaged { member, .. }
+            | Self::Proof { member, .. } => Some(member),
             Self::NotFound { name } | Self::Ambiguous { name, .. } => Some(name),
             _ => None,
         }

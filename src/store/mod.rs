@@ -13,11 +13,14 @@
 //! | init, deinit | no interaction | guard | guard |
 #![doc = include_str!("LAYOUT.md")]
 
+pub mod attest;
 pub mod cache;
 pub mod chain;
 pub mod digest;
 mod error;
 pub mod facts;
+pub mod manifest;
+pub mod measure;
 pub mod merge;
 pub mod names;
 mod open;

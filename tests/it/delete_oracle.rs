@@ -6,14 +6,15 @@ use std::path::Path;
 use qchain::backend::Means;
 use qchain::failure::{Code, Failure as _, Kind as Failed};
 use qchain::ops::OpError;
-use qchain::ops::delete::{Mode, ModeChoice};
+use qchain::ops::delete::{Mode, ModeChoice, Report};
+use qchain::ops::verify::{Level, Verdict};
 use qchain::store::record::StoreKind;
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
 use super::support::digest::plain_digest;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::store::{
-    backing, delete, delete_well, digests, init, left, mode_of, open, owner_and_mode,
+    adopt_well, backing, delete, delete_well, digests, init, left, mode_of, open, owner_and_mode, verify,
 };
 
 /// What to delete of a chain of four; the tip too.
@@ -81,19 +82,47 @@ fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], del
     let (store, truth) = folders(parent, "original");
     build(&store, &truth, specs);
     init(&store, StoreKind::Plain);
+    let adopted = adopt_well(&store);
+    let truths: Vec<(String, String)> = adopted
+        .adopted
+        .iter()
+        .map(|one| (one.digest.to_string(), plain_digest(&fs::read(truth.join(&one.member)).unwrap())))
+        .collect();
+    assert!(truths.iter().all(|(digest, truth)| digest == truth), "{name}: {specs:#?}");
     for deleted in deletions {
         for means in means {
             let context = format!("{name}, without {deleted:?}, {means:?}: {specs:#?}");
             let copied = parent.join("copy");
             copy(&store, &copied);
             let before: Vec<_> = NAMES[..4].iter().map(|name| owner_and_mode(&copied.join(name))).collect();
-            delete_well(&copied, deleted, mode_of(*means));
+            // A copy is another file with the same content, which is seen, and adopted for what it was.
+            adopt_well(&copied);
+            let report = delete_well(&copied, deleted, mode_of(*means));
+            check_proof(&report, *means, &context);
+            check_known(&copied, &context);
             check_survivors(&copied, &truth, deleted, &before, &context);
             fs::remove_dir_all(&copied).unwrap();
         }
     }
     fs::remove_dir_all(&store).unwrap();
     fs::remove_dir_all(&truth).unwrap();
+}
+
+/// Each survivor's view digest was proved, and of what was copied the bytes, too.
+fn check_proof(report: &Report, means: Means, context: &str) {
+    for outcome in report.outcomes.iter().filter(|outcome| outcome.into.is_some()) {
+        assert!(outcome.view_digest.is_some(), "{context}: {outcome:?}");
+        if means == Means::Copy {
+            assert!(outcome.data_bytes > 0 || outcome.bytes_written == 0, "{context}: {outcome:?}");
+        }
+    }
+}
+
+/// The survivors are adopted, and are what they were.
+fn check_known(store: &Path, context: &str) {
+    let report = verify(store, Level::Data);
+    let sound = report.checked.iter().all(|checked| checked.verdict == Verdict::Sound && checked.complete);
+    assert!(sound && report.findings.is_empty(), "{context}: {report:#?}");
 }
 
 fn check_survivors(store: &Path, truth: &Path, deleted: &[&str], before: &[(u32, u32, u32)], context: &str) {

@@ -13,6 +13,7 @@ mod crash_errors;
 mod crash_foreign;
 mod crash_incoming;
 mod crash_kill;
+mod damage;
 mod delete_cli;
 mod delete_deep;
 mod delete_faults;

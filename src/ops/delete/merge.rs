@@ -13,7 +13,8 @@ use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
 use crate::qcow2::write::{Sources, Written, clonable, write};
 use crate::qcow2::{Image, ImageError};
-use crate::store::Stores;
+use crate::store::{Store, Stores};
+use crate::store::attest::{Attested, Attestor, Knowledge, Made};
 use crate::store::facts::Stamp;
 use crate::store::merge::MergeInput;
 use crate::store::prove::prove;
@@ -30,6 +31,19 @@ pub struct Built {
     pub proof: Proof,
     /// The allocation of the new file in bytes.
     pub allocated_bytes: u64,
+    /// What was proved beside the plan, or why nothing was.
+    pub attested: Known,
+}
+
+/// What the members' manifests were good for.
+#[derive(Debug)]
+pub enum Known {
+    /// The survivor's view digest was proved equal, and its new file is adopted.
+    Attested(Attested),
+    /// The survivor was adopted, and its new file is not: why.
+    Lost(String),
+    /// The survivor was not adopted.
+    Nothing,
 }
 
 /// Builds one merge of the plan, with its input opened before anything of its tree was changed. `index` tells
@@ -44,6 +58,7 @@ pub fn build(
 ) -> Result<Built> {
     let (stores, scan) = (context.stores, context.scan);
     unchanged(stores, scan, merge, input)?;
+    let knowledge = Attestor::open(stores, scan, &context.plan.shelves, merge, input)?;
     let made;
     // The files are the ones that a kept layout was planned from, by their stamps; and the proof reads their maps.
     let layout = if let Some(planned) = &entry.layout {
@@ -60,15 +75,12 @@ pub fn build(
         return Err(changed(stores, scan, merge));
     }
     if entry.mode == Mode::InPlace {
-        return plan_in_place(
-            context,
-            operation,
-            merge,
-            input,
-            layout,
-            index,
-            capabilities.map_or(0, |can| can.clone_alignment),
-        );
+        let alignment = capabilities.map_or(0, |can| can.clone_alignment);
+        let mut built = plan_in_place(context, operation, merge, input, layout, index, alignment)?;
+        if !matches!(knowledge, Knowledge::Nothing) {
+            built.attested = Known::Lost("a merge in place writes after the decision; adopt it again".to_owned());
+        }
+        return Ok(built);
     }
     let images: Vec<Image> = input.upper.images().cloned().collect();
     let Some(old) = images.first() else { return Err(changed(stores, scan, merge)) };
@@ -90,9 +102,29 @@ pub fn build(
     let image = Image::open(sealed.file.clone(), &format!("the new file of {name}"))
         .map_err(|error| proof_failed(&name, error))?;
     let proof = prove(layout, input, &image, &name)?;
+    let made = Made {
+        input,
+        layout,
+        new: &image,
+        alignment: &alignment,
+        now_ns: context.site.clock.wall_ns(),
+        cancel: context.cancel,
+        pace: &context.site.pace,
+    };
+    let attested = attest(stores.get(key.store)?, knowledge, &made)?;
     context.cancel.check()?;
     unchanged(stores, scan, merge, input)?;
-    Ok(Built { publication: sealed.publication, written, proof, allocated_bytes: sealed.allocated_bytes })
+    let allocated_bytes = sealed.allocated_bytes;
+    Ok(Built { publication: sealed.publication, written, proof, allocated_bytes, attested })
+}
+
+/// Carries what is known of the members over to the new file.
+fn attest(store: &Store, knowledge: Knowledge, made: &Made<'_>) -> Result<Known> {
+    Ok(match knowledge {
+        Knowledge::All(mut attestor) => Known::Attested(attestor.attest(store, made)?),
+        Knowledge::Missing(why) => Known::Lost(why),
+        Knowledge::Nothing => Known::Nothing,
+    })
 }
 
 /// A new file that cannot even be opened is a failed proof; a failing store is that.
@@ -169,7 +201,8 @@ fn plan_in_place(
         kept: operation.kept(key, &what).map_err(failed)?,
         in_place: Some(plan),
     };
-    Ok(Built { publication, written: Written::default(), proof: Proof::default(), allocated_bytes: 0 })
+    let attested = Known::Nothing;
+    Ok(Built { publication, written: Written::default(), proof: Proof::default(), allocated_bytes: 0, attested })
 }
 
 /// The files that were opened are the ones that were planned with, and still have their names.

@@ -15,6 +15,7 @@ use crate::ops::delete::mode::{Choice, Chosen, choose};
 use crate::ops::delete::select::{Aim, Request, select};
 use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
+use crate::store::manifest::shelf::Shelf;
 use crate::store::merge::Cost;
 use crate::store::scan::Scan;
 use crate::store::{StoreError, Stores};
@@ -98,6 +99,8 @@ pub struct Plan {
     pub trees: Vec<TreePlan>,
     /// What each store concerned can do.
     pub capabilities: BTreeMap<usize, Capabilities>,
+    /// The manifests of each store, as they were listed.
+    pub shelves: Vec<Shelf>,
 }
 
 impl Plan {
@@ -145,7 +148,7 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     {
         return Err(refusal);
     }
-    Ok(Plan { trees, capabilities })
+    Ok(Plan { trees, capabilities, shelves: Shelf::load_all(stores)? })
 }
 
 /// What a store can do: found out by trying, or for a dry run what was found when it was opted in.

@@ -2,6 +2,7 @@
 
 use crate::chain::graph::NodeId;
 use crate::failure::Kind;
+use crate::ids::Digest;
 use crate::ops::OpError;
 use crate::ops::delete::plan::Mode;
 
@@ -82,6 +83,12 @@ pub struct Outcome {
     pub planned_bytes: u64,
     /// Guest bytes that were read on both sides and compared.
     pub compared_bytes: u64,
+    /// Guest bytes whose view digest was proved equal from the members' leaf tables.
+    pub digest_bytes: u64,
+    /// Bytes that were read back from the store and hash to their leaves.
+    pub data_bytes: u64,
+    /// The survivor's view digest, if that was proved.
+    pub view_digest: Option<Digest>,
     /// How long it took, in nanoseconds.
     pub elapsed_ns: u64,
 }

@@ -16,12 +16,13 @@ use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
 use crate::failure::{Code, Failure};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::follow;
-use crate::ops::delete::merge::{Built, build};
+use crate::ops::delete::merge::{Built, Known, build};
 use crate::ops::delete::plan::{Entry, Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::delete::stub;
 use crate::ops::{OpError, Result};
 use crate::store::StoreError;
+use crate::store::manifest::shelf;
 use crate::store::merge::MergeInput;
 
 /// A tree whose change was decided.
@@ -120,6 +121,7 @@ fn change<'s>(
         .collect::<Vec<Result<Option<Built>>>>();
     let built = first_error(built, outcomes)?;
     drop(inputs);
+    let lost = unknown_from_now_on(context, tree, &built);
     let publications: Vec<Publication> = built.into_iter().flatten().map(|built| built.publication).collect();
     let commit = commit(context, tree, &operation, publications)?;
     if context.terms.rehearse {
@@ -130,7 +132,22 @@ fn change<'s>(
         }
         return Ok(None);
     }
-    carry_out(context, tree, operation, commit, outcomes).map(Some)
+    let changed = carry_out(context, tree, operation, commit, outcomes)?;
+    for (key, inode) in lost {
+        // What it says is of a file that is gone; who finds it all the same asks for another adoption.
+        let _ = shelf::forget(context.site.backend(key.store)?, &key.path, inode);
+    }
+    Ok(Some(changed))
+}
+
+/// The adopted survivors whose new files are not, with the inodes of their old ones.
+fn unknown_from_now_on(context: &Context<'_>, tree: &TreePlan, built: &[Option<Built>]) -> Vec<(Key, u64)> {
+    let lost = tree.entries.iter().zip(built).filter_map(|(entry, built)| {
+        let built = built.as_ref().filter(|built| matches!(built.attested, Known::Lost(_)))?;
+        let key = context.scan.graph.node(entry.into?).key.clone();
+        Some((key, built.publication.old.inode))
+    });
+    lost.collect()
 }
 
 /// Decides, and publishes what was decided.
@@ -188,6 +205,15 @@ fn note_built(outcome: &mut Outcome, built: &Built, started: Instant) {
     outcome.bytes_cloned = built.written.cloned_bytes;
     outcome.planned_bytes = built.proof.planned_bytes;
     outcome.compared_bytes = built.proof.compared_bytes;
+    match &built.attested {
+        Known::Attested(attested) => {
+            outcome.digest_bytes = attested.digest_bytes;
+            outcome.data_bytes = attested.data_bytes;
+            outcome.view_digest = Some(attested.view_digest);
+        }
+        Known::Lost(why) => outcome.note = Some(format!("its new file is not adopted: {why}")),
+        Known::Nothing => {}
+    }
     outcome.new_bytes = built.allocated_bytes;
     outcome.elapsed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
 }
@@ -406,6 +432,9 @@ fn outcome(members: &[NodeId], into: Option<NodeId>, mode: Option<Mode>) -> Outc
         undo_until_ns: None,
         note: None,
         new_bytes: 0,
+        digest_bytes: 0,
+        data_bytes: 0,
+        view_digest: None,
         planned_bytes: 0,
         compared_bytes: 0,
         elapsed_ns: 0,

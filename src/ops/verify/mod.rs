@@ -1,44 +1,76 @@
-//! `verify`: whether members are sound, by what their headers and tables say.
+//! `verify`: whether members are sound, by what their headers and tables say, and by what is known of their bytes.
 //!
 //! - `links`: the header can be read, and the chain below is complete, of the right format, and no circle.
-//! - `structure`: the same, and reference counts and tables agree ([`check`]).
+//! - `structure`: the same, and reference counts and tables agree ([`check`]); of an adopted member they are what they
+//!   were.
+//! - `data`: the same, and of an adopted member all bytes that it decides hash to the leaves that were kept, and it
+//!   stands on what it was adopted on. What was never adopted is unknown.
 //!
-//! Damage is data here, not a failure.
+//! Damage is data here, not a failure. Where this process may write to a store, what was read and what was found is
+//! noted there: the next run goes on with what was left alone for longest, and a damaged member is in quarantine
+//! until a look at all of it finds it sound.
+
+mod binding;
+mod damage;
+mod data;
+mod keep;
+mod one;
 
 use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::chain::graph::NodeId;
-use crate::cloudstack::paths::SNAPSHOTS;
-use crate::failure::{Code, Failure, Kind, Severity};
 use crate::ops::Result;
-use crate::progress::{Cancel, Progress};
-use crate::qcow2::ImageError;
-use crate::qcow2::check::{Limits, Report, check};
-use crate::store::chain::open_image;
-use crate::store::record::StoreKind;
-use crate::store::scan::{Finding, Incoming, Member, Scan};
+use crate::progress::{Cancel, Pace, Progress};
+use crate::store::manifest::shelf::{Known, Shelf};
+use crate::store::measure::Job;
+use crate::store::scan::{Finding, Scan};
 use crate::store::{StoreError, Stores};
+pub use damage::{Damage, HostRange};
+pub use keep::Debt;
 
 /// How far to look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// Headers and backing names.
     Links,
     /// Tables and reference counts too.
     Structure,
+    /// Every byte against the manifests.
+    Data,
+}
+
+/// How to verify.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How far to look.
+    pub level: Level,
+    /// Only so much of each member, chosen by chance: above 0, at most 1.
+    pub fraction: Option<f64>,
+    /// What the chance goes by.
+    pub seed: u64,
+    /// No more is read after this; what was left alone for longest comes first.
+    pub deadline: Option<Instant>,
+    /// Note what was read and found on stores that are opted in.
+    pub note: bool,
+    /// All members are looked at: those that are known and no images any more, too.
+    pub all: bool,
+    /// The time, nanoseconds since 1970.
+    pub now_ns: i64,
 }
 
 /// What was found out about a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Nothing is wrong at this level.
+    /// Nothing is wrong at this level, in what was read.
     Sound,
-    /// It could not be told: being written, not an image, or too large for the limits.
+    /// It could not be told: being written, not an image, never adopted, or too large for the limits.
     Unknown,
     /// Some of it cannot be read right.
     Damaged,
@@ -53,15 +85,21 @@ pub struct Checked {
     pub level: Level,
     /// What was found.
     pub verdict: Verdict,
+    /// Bytes of its view that were read and compared; what is zeros by its tables is not read.
+    pub bytes_read: u64,
+    /// Whether all was looked at that the level asks for; not with a fraction, or when the time was up.
+    pub complete: bool,
 }
 
 /// What was checked and found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct VerifyReport {
     /// Each member, in the order asked for.
     pub checked: Vec<Checked>,
     /// What is wrong, or worth knowing, by member in the same order.
     pub findings: Vec<Finding>,
+    /// The ranges that do not read as they did.
+    pub damage: Vec<Damage>,
 }
 
 impl VerifyReport {
@@ -72,16 +110,61 @@ impl VerifyReport {
     }
 }
 
+/// What all members are looked at with.
+struct Context<'a> {
+    stores: &'a Stores,
+    scan: &'a Scan,
+    shelves: &'a [Shelf],
+    options: &'a Options,
+    job: Job<'a>,
+    /// What is known of members, once it was asked for.
+    known: Mutex<HashMap<NodeId, Known>>,
+}
+
+/// What a look at one member told.
+#[derive(Debug)]
+struct Looked {
+    verdict: Verdict,
+    findings: Vec<Finding>,
+    damage: Vec<Damage>,
+    bytes_read: u64,
+    complete: bool,
+    /// The whole view was held against what it was, whatever it stands on now.
+    view_proved: bool,
+}
+
+impl Context<'_> {
+    /// What is known of a member's content.
+    fn known(&self, id: NodeId) -> Result<Known> {
+        if let Some(known) = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&id) {
+            return Ok(known.clone());
+        }
+        let key = &self.scan.graph.node(id).key;
+        let known = match (self.shelves.get(key.store), self.scan.member(id)) {
+            (Some(manifests), Some(member)) => {
+                manifests.find(self.stores.get(key.store)?, &key.path, &member.stat)?
+            }
+            _ => Known::Nothing,
+        };
+        self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(id, known.clone());
+        Ok(known)
+    }
+}
+
 /// Checks members.
 pub fn verify(
     stores: &Stores,
     scan: &Scan,
     members: &[NodeId],
-    level: Level,
+    options: &Options,
     progress: &dyn Progress,
     cancel: &Cancel,
+    pace: &Pace,
 ) -> Result<VerifyReport> {
-    progress.phase("checking", members.len() as u64);
+    let data = options.level == Level::Data;
+    let shelves = if options.level == Level::Links { Vec::new() } else { Shelf::load_all(stores)? };
+    let known = Mutex::default();
+    let context = Context { stores, scan, shelves: &shelves, options, job: Job { progress, cancel, pace }, known };
     let mut by_member: HashMap<&str, Vec<&Finding>> = HashMap::new();
     for finding in &scan.findings {
         by_member.entry(&finding.member).or_default().push(finding);
@@ -89,94 +172,59 @@ pub fn verify(
     let one = |id: &NodeId| {
         cancel.check()?;
         let name = stores.display(&scan.graph.node(*id).key);
-        let known = by_member.get(name.as_str()).map_or(&[][..], Vec::as_slice);
-        let looked = look(stores, scan, *id, &name, known, level)?;
-        progress.advance(1);
-        Ok((name, looked))
+        let told = by_member.get(name.as_str()).map_or(&[][..], Vec::as_slice);
+        let looked = context.look(*id, &name, told)?;
+        if !data {
+            progress.advance(1);
+        }
+        Ok((*id, name, looked))
     };
-    let looked: Vec<(String, (Verdict, Vec<Finding>))> =
-        members.par_iter().map(one).collect::<Result<_>>()?;
-    let mut report = VerifyReport { checked: Vec::with_capacity(looked.len()), findings: Vec::new() };
-    for (member, (verdict, findings)) in looked {
-        report.checked.push(Checked { member, level, verdict });
+    let mut looked: Vec<(NodeId, String, Looked)> = if data {
+        // Each member is read on all processors; those that were left alone for longest come first.
+        let bytes = members.iter().filter_map(|id| scan.member(*id)).map(|member| member.stat.length).sum();
+        progress.phase("reading", bytes);
+        context.by_age(members)?.iter().map(one).collect::<Result<_>>()?
+    } else {
+        progress.phase("checking", members.len() as u64);
+        members.par_iter().map(one).collect::<Result<_>>()?
+    };
+    context.bind(&mut looked)?;
+    if options.note && data {
+        for (id, _, looked) in &looked {
+            context.note(*id, looked)?;
+        }
+    }
+    let order: HashMap<NodeId, usize> = members.iter().enumerate().map(|(at, id)| (*id, at)).collect();
+    looked.sort_by_key(|(id, _, _)| order.get(id).copied());
+    let mut report = VerifyReport::default();
+    for (_, member, looked) in looked {
+        let Looked { verdict, findings, damage, bytes_read, complete, .. } = looked;
+        report.checked.push(Checked { member, level: options.level, verdict, bytes_read, complete });
         report.findings.extend(findings);
+        report.damage.extend(damage);
+    }
+    if options.all {
+        context.lost(&mut report)?;
     }
     Ok(report)
 }
 
-fn look(
-    stores: &Stores,
-    scan: &Scan,
-    id: NodeId,
-    name: &str,
-    known: &[&Finding],
-    level: Level,
-) -> Result<(Verdict, Vec<Finding>)> {
-    let Some(member) = scan.member(id) else { return Ok((Verdict::Unknown, Vec::new())) };
-    let mut findings: Vec<Finding> = known.iter().map(|finding| (*finding).clone()).collect();
-    let mut verdict = links(scan, member, id, name, &mut findings);
-    if let Some((code, _)) = member.reading.fault() {
-        let elsewhere = code == Code::NotQcow2 && !should_be_image(stores, member);
-        verdict = if code == Code::Io || elsewhere { Verdict::Unknown } else { Verdict::Damaged };
-    } else if level == Level::Structure {
-        let (structure, more) = structure(stores, member, name)?;
-        verdict = verdict.max(structure);
-        findings.extend(more);
-    }
-    if verdict == Verdict::Damaged && member.incoming == Some(Incoming::Writer) {
-        // What is half-written is no damage.
-        verdict = Verdict::Unknown;
-    }
-    Ok((verdict, findings))
-}
-
-/// Whether the chain below a member is whole; tells if nothing else did.
-fn links(scan: &Scan, member: &Member, id: NodeId, name: &str, findings: &mut Vec<Finding>) -> Verdict {
-    let Err(error) = scan.graph.complete(id) else { return Verdict::Sound };
-    let told = findings.iter().any(|finding| finding.code.severity() == Severity::Error);
-    if !told && member.reading.fault().is_none() {
-        findings.push(Finding { member: name.to_owned(), code: error.code(), message: error.to_string() });
-    }
-    Verdict::Damaged
-}
-
-/// Beside templates and volumes CloudStack has files of other formats.
-fn should_be_image(stores: &Stores, member: &Member) -> bool {
-    let plain = stores.get(member.key.store).is_ok_and(|store| store.kind() == StoreKind::Plain);
-    plain || member.key.path.components().next() == Some(SNAPSHOTS)
-}
-
-/// Checks tables and reference counts. Only a failing store is an error.
-fn structure(stores: &Stores, member: &Member, name: &str) -> Result<(Verdict, Vec<Finding>)> {
-    let told = |code: Code, message: String| Finding { member: name.to_owned(), code, message };
-    let report: Report = match open_image(stores, &member.key) {
-        Ok(image) => match check(&image, &Limits::default()) {
-            Ok(report) => report,
-            Err(error) => return Ok((verdict_of(&error), vec![told(error.code(), error.to_string())])),
-        },
-        Err(StoreError::Image { source, .. }) => {
-            return Ok((verdict_of(&source), vec![told(source.code(), source.to_string())]));
-        }
-        // Gone since the scan: a delete came between.
-        Err(error @ StoreError::NotFound { .. }) => {
-            return Ok((Verdict::Unknown, vec![told(error.code(), error.to_string())]));
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let verdict = match (report.is_damaged(), report.incomplete) {
-        (true, _) => Verdict::Damaged,
-        (false, true) => Verdict::Unknown,
-        (false, false) => Verdict::Sound,
-    };
-    let mut findings: Vec<Finding> =
-        report.findings.into_iter().map(|found| told(found.code, found.message)).collect();
-    if let (true, Some(last)) = (report.findings_omitted > 0, findings.last()) {
-        findings.push(told(last.code, format!("and {} more findings", report.findings_omitted)));
-    }
-    Ok((verdict, findings))
-}
-
-/// An image that cannot be read is damaged; a store that cannot be read says nothing.
-fn verdict_of(error: &ImageError) -> Verdict {
-    if error.kind() == Kind::Corrupt { Verdict::Damaged } else { Verdict::Unknown }
+/// How old the reading of each member's bytes is, oldest first. Reads manifests, no images.
+pub fn debt(stores: &Stores, scan: &Scan, members: &[NodeId], now_ns: i64) -> Result<Vec<Debt>> {
+    let shelves = Shelf::load_all(stores)?;
+    let mut debts = members
+        .iter()
+        .map(|id| {
+            let key = &scan.graph.node(*id).key;
+            let store = stores.get(key.store)?;
+            let member = scan.member(*id).ok_or_else(|| StoreError::NotFound { name: stores.display(key) })?;
+            let known = match shelves.get(key.store) {
+                Some(manifests) => manifests.find(store, &key.path, &member.stat)?,
+                None => Known::Nothing,
+            };
+            keep::debt_of(store, &stores.display(key), &key.path, &known, now_ns)
+        })
+        .collect::<Result<Vec<Debt>>>()?;
+    debts.sort_by_key(|debt| debt.oldest_ns);
+    Ok(debts)
 }

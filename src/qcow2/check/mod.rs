@@ -90,6 +90,12 @@ pub struct Finding {
 /// Memory: `limits.counter_bytes`, the refcount table (at most 8 MiB), and windows of the other tables.
 /// Errors are the store's; whatever is wrong with the image is a finding.
 pub fn check(image: &Image, limits: &Limits) -> Result<Report> {
+    check_with(image, limits, &mut |_| {})
+}
+
+/// As [`check`], and tells of every range of the file that holds metadata, in no order; a table that is referred to
+/// twice is told of twice.
+pub fn check_with(image: &Image, limits: &Limits, metadata: &mut dyn FnMut(Range<u64>)) -> Result<Report> {
     let header = image.header();
     let mut check = Check {
         image,
@@ -98,6 +104,7 @@ pub fn check(image: &Image, limits: &Limits) -> Result<Report> {
         counts: Counts::new(limits.counter_bytes),
         stored: Stored::read(image)?,
         table_bytes: limits.table_bytes,
+        metadata,
         blocks_apart: true,
         report: Report { dirty: header.dirty, ..Report::default() },
     };
@@ -126,6 +133,8 @@ struct Check<'a> {
     stored: Stored<'a>,
     /// What may still be read of tables.
     table_bytes: u64,
+    /// Told of where metadata lies.
+    metadata: &'a mut dyn FnMut(Range<u64>),
     /// No refcount block lies on something else.
     blocks_apart: bool,
     report: Report,
@@ -176,6 +185,9 @@ impl Check<'_> {
                 format!("{what} at {host}, {bytes} bytes, lies behind the file's end")
             });
             return Place::Outside;
+        }
+        if matches!(usage, Use::Metadata | Use::ActiveTable | Use::SnapshotTable) {
+            (self.metadata)(host.0..end);
         }
         let first = host.0 >> self.bits.bits();
         let last = (end - 1) >> self.bits.bits();

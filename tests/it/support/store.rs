@@ -9,12 +9,14 @@ use std::time::Duration;
 use qchain::backend::posix::PosixStore;
 use qchain::backend::{Backend, Means};
 use qchain::change::leaving::leaving;
-use qchain::change::{Site, SystemClock};
+use qchain::change::{Clock as _, Site, SystemClock};
 use qchain::ids::StoreId;
 use qchain::ops::delete::{Aim, Context, ModeChoice, Plan, Report, Request, Terms, plan, run};
 use qchain::ops::recover::begin;
 use qchain::ops::{OpError, Result};
-use qchain::progress::{Cancel, Silent};
+use qchain::ops::adopt::AdoptReport;
+use qchain::ops::verify::{Level, Options, VerifyReport};
+use qchain::progress::{Cancel, Pace, Silent};
 use qchain::store::chain::OpenChain;
 use qchain::store::digest::view_digest;
 use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
@@ -154,6 +156,45 @@ pub fn delete_well(root: &Path, members: &[&str], mode: ModeChoice) -> Report {
     report
 }
 
+/// `qchain adopt --now`, of all members; each must be adopted.
+pub fn adopt_well(root: &Path) -> AdoptReport {
+    let report = adopt(root, false);
+    assert!(report.failure.is_none() && report.findings.is_empty(), "{}: {:?}", root.display(), report.findings);
+    report
+}
+
+/// `qchain adopt --now`, of all members.
+pub fn adopt(root: &Path, accept_changed: bool) -> AdoptReport {
+    let stores = open(root);
+    let scan = scan(&stores);
+    let request = qchain::ops::adopt::Request {
+        targets: scan.graph.ids().collect(),
+        accept_changed,
+        jobs: 2,
+        now_ns: SystemClock.wall_ns(),
+        ..Default::default()
+    };
+    qchain::ops::adopt::adopt(&stores, &scan, &request, &Silent, &Cancel::default(), &Pace::default()).unwrap()
+}
+
+/// `qchain verify --level LEVEL`, of all members.
+pub fn verify(root: &Path, level: Level) -> VerifyReport {
+    let stores = open(root);
+    let scan = scan(&stores);
+    let options = Options {
+        level,
+        fraction: None,
+        seed: 0,
+        deadline: None,
+        note: true,
+        all: true,
+        now_ns: SystemClock.wall_ns(),
+    };
+    let all: Vec<_> = scan.graph.ids().collect();
+    qchain::ops::verify::verify(&stores, &scan, &all, &options, &Silent, &Cancel::default(), &Pace::default())
+        .unwrap()
+}
+
 /// The mode that uses those means.
 pub fn mode_of(means: Means) -> ModeChoice {
     match means {
@@ -196,7 +237,7 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
 
 /// What of a store is no lasting record of qchain's: members, and whatever a change left lying about.
 pub fn left(root: &Path) -> Vec<String> {
-    let lasting = ["store.json", "locks/", "generations/", "manifests/"];
+    let lasting = ["store.json", "locks/", "generations/", "manifests/", "leaves/"];
     let record = |path: &String| {
         path.strip_prefix(".qchain/").is_some_and(|own| lasting.iter().any(|name| own.starts_with(name)))
     };

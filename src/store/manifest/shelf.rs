@@ -1,0 +1,240 @@
+//! All manifests of one store: found by member, written, swept.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::backend::publish::replace;
+use crate::backend::{Backend, BackendError, FileKind, Stat};
+use crate::ids::StorePath;
+use crate::store::error::{Result, StoreError};
+use crate::store::facts::read_whole;
+use crate::store::manifest::{FileMark, MAX_BYTES, Manifest, leaves, parse_name, path, reads, stem};
+use crate::store::record::own;
+use crate::store::{Store, Stores};
+
+/// What is known of a member's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// Nothing: it was never adopted.
+    Nothing,
+    /// It is the very file that was adopted, or that a merge of adopted ones made.
+    Current(Box<Manifest>),
+    /// Something has written to the file, or put another one there, since.
+    Changed(Box<Manifest>),
+    /// There is a manifest, and it cannot be read: what is wrong with it.
+    Damaged(String),
+}
+
+impl Known {
+    /// The manifest, if it is in force.
+    #[must_use]
+    pub fn current(&self) -> Option<&Manifest> {
+        match self {
+            Self::Current(manifest) => Some(manifest),
+            Self::Nothing | Self::Changed(_) | Self::Damaged(_) => None,
+        }
+    }
+
+    /// What the member was when it was adopted.
+    #[must_use]
+    pub fn manifest(&self) -> Option<&Manifest> {
+        match self {
+            Self::Current(manifest) | Self::Changed(manifest) => Some(manifest),
+            Self::Nothing | Self::Damaged(_) => None,
+        }
+    }
+}
+
+/// Which manifests a store has, when it was listed.
+#[derive(Clone, Debug, Default)]
+pub struct Shelf {
+    inodes: BTreeMap<String, Vec<u64>>,
+}
+
+impl Shelf {
+    /// Lists them; none where there is no such directory, or it is not for this user.
+    pub fn load(store: &Store) -> Result<Self> {
+        let entries = match store.backend().read_dir(&own(&["manifests"])) {
+            Ok(entries) => entries,
+            Err(BackendError::NotFound { .. }) => Vec::new(),
+            Err(error) if error.is_denied() => Vec::new(),
+            Err(source) => return Err(StoreError::backend(store, source)),
+        };
+        let mut inodes: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+        for entry in entries.iter().filter(|entry| entry.kind == FileKind::File) {
+            if let Some((stem, inode)) = entry.name.as_deref().ok().and_then(parse_name) {
+                inodes.entry(stem.to_owned()).or_default().push(inode);
+            }
+        }
+        Ok(Self { inodes })
+    }
+
+    /// Those of all stores, by index.
+    pub fn load_all(stores: &Stores) -> Result<Vec<Self>> {
+        stores.iter().map(|(_, store)| Self::load(store)).collect()
+    }
+
+    /// What is known of a member whose name stands for the file `stat`.
+    pub fn find(&self, store: &Store, member: &StorePath, stat: &Stat) -> Result<Known> {
+        let Some(inodes) = self.inodes.get(&stem(member)) else { return Ok(Known::Nothing) };
+        let mut damaged = None;
+        let mut latest: Option<Manifest> = None;
+        // That of the file itself first.
+        let own = |inode: &&u64| **inode == stat.id.inode;
+        for inode in inodes.iter().filter(own).chain(inodes.iter().filter(|inode| !own(inode))) {
+            match read(store, member, *inode)? {
+                Some(Ok(manifest)) if manifest.file == FileMark::from(stat) => {
+                    return Ok(Known::Current(Box::new(manifest)));
+                }
+                Some(Ok(manifest)) if latest.as_ref().is_none_or(|latest| latest.made_ns < manifest.made_ns) => {
+                    latest = Some(manifest);
+                }
+                Some(Err(detail)) => damaged = Some(detail),
+                Some(Ok(_)) | None => {}
+            }
+        }
+        Ok(match (latest, damaged) {
+            (Some(manifest), _) => Known::Changed(Box::new(manifest)),
+            (None, Some(detail)) => Known::Damaged(detail),
+            (None, None) => Known::Nothing,
+        })
+    }
+
+    /// The members of manifests whose stems are not among those given.
+    pub fn others(&self, store: &Store, stems: &BTreeSet<String>) -> Result<Vec<StorePath>> {
+        let mut members = Vec::new();
+        for (stem, inodes) in self.inodes.iter().filter(|(stem, _)| !stems.contains(*stem)) {
+            for inode in inodes {
+                if let Some(Ok(manifest)) = read_named(store, stem, *inode)? {
+                    members.push(manifest.member);
+                    break;
+                }
+            }
+        }
+        Ok(members)
+    }
+
+    /// Removes what nothing can need: manifests, tables and notes of files that no name stands for any more, of members
+    /// that are gone or have a manifest in force. `current` gives the file under a member's name. Only while no
+    /// operation is open on any store, which might put an old file back.
+    pub fn sweep(store: &Store, current: &dyn Fn(&StorePath) -> Result<Option<Stat>>) -> Result<u64> {
+        let failed = |source| StoreError::backend(store, source);
+        let backend = store.backend().as_ref();
+        let shelf = Self::load(store)?;
+        let mut wanted = BTreeSet::new();
+        let mut removed = 0;
+        for (stem, inodes) in &shelf.inodes {
+            let mut found = Vec::new();
+            for inode in inodes {
+                // Nothing refers to the table of a manifest that cannot be read.
+                if let Some(Ok(manifest)) = read_named(store, stem, *inode)? {
+                    found.push((*inode, manifest));
+                }
+            }
+            let Some(member) = found.first().map(|(_, manifest)| manifest.member.clone()) else { continue };
+            let stat = current(&member)?;
+            let is = |manifest: &Manifest| stat.is_some_and(|stat| manifest.file == FileMark::from(&stat));
+            let in_force = found.iter().any(|(_, manifest)| is(manifest));
+            for (inode, manifest) in found {
+                if is(&manifest) || stat.is_some() && !in_force {
+                    wanted.insert(manifest.leaves.name);
+                    continue;
+                }
+                forget(backend, &member, inode).map_err(failed)?;
+                removed += 1;
+            }
+        }
+        Ok(removed + sweep_tables(backend, &wanted, &shelf).map_err(failed)?)
+    }
+}
+
+/// Removes leaf tables that no manifest names; but those of a stem that has no manifest at all may be about to get
+/// one, as may temporaries.
+fn sweep_tables(
+    backend: &dyn Backend,
+    wanted: &BTreeSet<String>,
+    shelf: &Shelf,
+) -> std::result::Result<u64, BackendError> {
+    let entries = match backend.read_dir(&own(&["leaves"])) {
+        Ok(entries) => entries,
+        Err(BackendError::NotFound { .. }) => return Ok(0),
+        Err(error) => return Err(error),
+    };
+    let mut removed = 0;
+    for name in entries.iter().filter_map(|entry| entry.name.as_deref().ok()) {
+        let known = name.split_once('.').is_some_and(|(stem, _)| shelf.inodes.contains_key(stem));
+        if known && !wanted.contains(name) {
+            backend.remove_file(&leaves::path(name))?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+/// Reads the manifest of one file; the inner error says what is wrong with it.
+fn read(store: &Store, member: &StorePath, inode: u64) -> Result<Option<std::result::Result<Manifest, String>>> {
+    let found = read_named(store, &stem(member), inode)?;
+    // Two names with one hash: none of ours.
+    Ok(found.filter(|found| found.as_ref().map_or(true, |manifest| manifest.member == *member)))
+}
+
+fn read_named(
+    store: &Store,
+    stem: &str,
+    inode: u64,
+) -> Result<Option<std::result::Result<Manifest, String>>> {
+    let path = own(&["manifests", &format!("{stem}.{inode}.json")]);
+    match read_whole(store.backend(), &path, MAX_BYTES) {
+        Ok(bytes) if bytes.len() as u64 > MAX_BYTES => Ok(Some(Err("it is too long".to_owned()))),
+        Ok(bytes) => Ok(Some(Manifest::decode(&bytes))),
+        Err(BackendError::NotFound { .. }) => Ok(None),
+        Err(BackendError::NotPlain { .. }) => Ok(Some(Err("it is no regular file".to_owned()))),
+        Err(error) if error.is_denied() => Ok(None),
+        Err(source) => Err(StoreError::backend(store, source)),
+    }
+}
+
+/// Writes a manifest under its name, over one of the same file. Durable when it returns.
+///
+/// # After a crash
+///
+/// There is the old one, or none, or the whole new one.
+pub fn write(store: &Store, manifest: &Manifest) -> Result<()> {
+    let path = path(&manifest.member, manifest.file.inode);
+    replace(store.backend().as_ref(), &own(&["tmp"]), &path, &manifest.encode(), false)
+        .map_err(|source| StoreError::backend(store, source))
+}
+
+/// Writes the manifest of a file that has no member's name yet, durably. Nobody looks for it before.
+///
+/// # After a crash
+///
+/// There is none, or a torn one, which nobody believes, or the whole.
+pub fn write_beside(store: &Store, manifest: &Manifest) -> Result<()> {
+    let backend = store.backend().as_ref();
+    let path = path(&manifest.member, manifest.file.inode);
+    let write = || {
+        // Of a file that had this inode once.
+        match backend.remove_file(&path) {
+            Ok(()) | Err(BackendError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let file = backend.create(&path)?;
+        file.write_at(0, &manifest.encode())?;
+        file.sync()?;
+        backend.sync_dir(&path.parent())
+    };
+    write().map_err(|source| StoreError::backend(store, source))
+}
+
+/// Removes the manifest of a file with its notes; its table goes with the next sweep.
+pub fn forget(
+    backend: &dyn Backend,
+    member: &StorePath,
+    inode: u64,
+) -> std::result::Result<(), BackendError> {
+    reads::forget(backend, member, inode)?;
+    match backend.remove_file(&path(member, inode)) {
+        Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

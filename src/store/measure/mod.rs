@@ -1,0 +1,236 @@
+//! Reads what one member decides of its view, and gives the leaves of those blocks in order.
+//!
+//! A member decides the blocks that its allocated or zero clusters touch, and the block that its virtual end cuts.
+//! Most of them lie in its file as they are in the view: those are read in the order of the file, in large pieces, on
+//! all processors. What is known to be zero is not read. A block that only parts of it decide, or that is compressed,
+//! is read through the chain. Asked for the digest of the whole file too, the file is read once, from its
+//! beginning to its end, and each byte is hashed for both.
+//!
+//! Memory: for each [`SLICE_BLOCKS`] of view, at a time, 32 bytes a block and some 40 bytes a run; and a few buffers.
+
+mod pieces;
+mod whole;
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+pub use whole::WholeFile;
+
+use crate::digest::leaf;
+use crate::ids::Digest;
+use crate::progress::{Cancel, Pace, Progress};
+use crate::qcow2::{Image, ImageError};
+use crate::store::chain::OpenChain;
+use crate::units::{BLOCK_BYTES, GuestOffset, HostOffset};
+use pieces::{Piece, Place, pieces};
+
+/// How many blocks of view are worked on at a time: 64 GiB.
+pub const SLICE_BLOCKS: u64 = 1 << 20;
+/// The most that is read and hashed in one go.
+const TASK_BLOCKS: u64 = 16;
+/// How many of those are worked on between two looks at the pace and the request to stop.
+const BATCH_TASKS: usize = 64;
+/// A block's length as an index.
+const BLOCK_LENGTH: usize = 64 * 1024;
+const _: () = assert!(BLOCK_LENGTH as u64 == BLOCK_BYTES);
+
+type Result<T> = std::result::Result<T, ImageError>;
+
+/// What reading goes by.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// Told of bytes read.
+    pub progress: &'a dyn Progress,
+    /// Asked to stop.
+    pub cancel: &'a Cancel,
+    /// The limit on bytes a second.
+    pub pace: &'a Pace,
+}
+
+/// Neighbouring blocks that the member decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// Zeros by the member's own word: nothing was read.
+    Zeros {
+        /// The first block.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+    /// What their bytes hash to.
+    Leaves {
+        /// The first block.
+        first: u64,
+        /// The leaf of each.
+        leaves: &'a [Digest],
+    },
+}
+
+/// Something to be read and hashed: neighbouring blocks of one piece.
+#[derive(Clone, Copy, Debug)]
+struct Task {
+    /// The index of the first one's leaf.
+    rank: usize,
+    first: u64,
+    count: u64,
+    /// Where they lie in the file; `None`: read through the chain.
+    host: Option<HostOffset>,
+}
+
+impl Task {
+    fn bytes(&self) -> u64 {
+        self.count * BLOCK_BYTES
+    }
+}
+
+/// Gives the parts of `ranges` (ascending blocks of the view of the newest of `chain`) that this newest member decides,
+/// in order.
+///
+/// With `whole` the file is read from beginning to end, in the same pass if all ranges fit in a slice, and its
+/// digest is left there. Blocks; fails with [`ImageError::Cancelled`] if that was asked for, or what `give` fails with.
+pub fn measure<E: From<ImageError>>(
+    chain: &OpenChain,
+    ranges: &[Range<u64>],
+    job: &Job<'_>,
+    mut whole: Option<&mut WholeFile>,
+    mut give: impl FnMut(Part<'_>) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let Some(image) = chain.images().next() else { return Ok(()) };
+    let slices = slices(ranges);
+    let one_slice = slices.len() <= 1;
+    for slice in &slices {
+        let mut list = Vec::new();
+        for range in slice {
+            list.extend(pieces(image, range.clone())?);
+        }
+        let mut leaves = Vec::new();
+        let mut tasks = tasks(&list, &mut leaves);
+        // In the order of the file; what is read through the chain last.
+        tasks.sort_by_key(|task| (task.host.is_none(), task.host, task.first));
+        match whole.as_deref_mut().filter(|_| one_slice) {
+            Some(whole) => whole.read(chain, image, &tasks, &mut leaves, job)?,
+            None => read(chain, image, &tasks, &mut leaves, job)?,
+        }
+        let mut rank = 0;
+        for Piece { first, count, place } in list {
+            match place {
+                Place::Zeros => give(Part::Zeros { first, count })?,
+                Place::Data(_) | Place::Compressed | Place::Mixed => {
+                    let next = rank + usize::try_from(count).unwrap_or_default();
+                    give(Part::Leaves { first, leaves: leaves.get(rank..next).unwrap_or_default() })?;
+                    rank = next;
+                }
+            }
+        }
+    }
+    if let Some(whole) = whole.filter(|whole| whole.digest.is_none()) {
+        whole.read_alone(image, job)?;
+    }
+    Ok(())
+}
+
+/// Neighbouring blocks that an image decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decided {
+    /// The first block.
+    pub first: u64,
+    /// How many, above 0.
+    pub count: u64,
+    /// Each lies in one place: plain in the file, zeros, or in compressed clusters. Else it is put together from parts.
+    pub whole: bool,
+}
+
+/// The blocks of a range that an image decides. Reads tables only.
+pub fn decided(image: &Image, blocks: Range<u64>) -> Result<impl Iterator<Item = Decided> + use<>> {
+    let list = pieces(image, blocks)?;
+    Ok(list.into_iter().map(|Piece { first, count, place }| Decided { first, count, whole: place != Place::Mixed }))
+}
+
+/// Puts ranges together to slices, cutting long ones.
+fn slices(ranges: &[Range<u64>]) -> Vec<Vec<Range<u64>>> {
+    let mut slices: Vec<Vec<Range<u64>>> = Vec::new();
+    let mut room = 0;
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            if room == 0 {
+                slices.push(Vec::new());
+                room = SLICE_BLOCKS;
+            }
+            let end = range.end.min(at.saturating_add(room));
+            if let Some(slice) = slices.last_mut() {
+                slice.push(at..end);
+            }
+            room -= end - at;
+            at = end;
+        }
+    }
+    slices
+}
+
+/// Cuts pieces into tasks, at whole MiB of the file where they lie there, and makes room for their leaves.
+fn tasks(pieces: &[Piece], leaves: &mut Vec<Digest>) -> Vec<Task> {
+    let mut tasks = Vec::new();
+    let mut rank = 0;
+    for piece in pieces {
+        let host = match piece.place {
+            Place::Zeros => continue,
+            Place::Data(host) => Some(host),
+            Place::Compressed | Place::Mixed => None,
+        };
+        let mut done = 0;
+        while done < piece.count {
+            let start = host.map_or(piece.first, |host| host.0 / BLOCK_BYTES) + done;
+            let count = (TASK_BLOCKS - start % TASK_BLOCKS).min(piece.count - done);
+            let host = host.map(|host| host.plus(done * BLOCK_BYTES));
+            tasks.push(Task { rank, first: piece.first + done, count, host });
+            rank += usize::try_from(count).unwrap_or_default();
+            done += count;
+        }
+    }
+    leaves.resize(rank, Digest([0; 32]));
+    tasks
+}
+
+/// Reads and hashes tasks, a batch at a time.
+fn read(
+    chain: &OpenChain,
+    image: &Image,
+    tasks: &[Task],
+    leaves: &mut [Digest],
+    job: &Job<'_>,
+) -> Result<()> {
+    for batch in tasks.chunks(BATCH_TASKS) {
+        let bytes = batch.iter().map(Task::bytes).sum();
+        job.pace.spend(bytes, job.cancel);
+        job.cancel.check().map_err(|_| ImageError::Cancelled { image: image.name().to_owned() })?;
+        let hashed: Vec<Vec<Digest>> = batch
+            .par_iter()
+            .with_max_len(1)
+            .map_init(Vec::new, |buffer, task| hash(chain, image, task, buffer))
+            .collect::<Result<_>>()?;
+        for (task, hashed) in batch.iter().zip(hashed) {
+            place(leaves, task, &hashed);
+        }
+        job.progress.advance(bytes);
+    }
+    Ok(())
+}
+
+fn place(leaves: &mut [Digest], task: &Task, hashed: &[Digest]) {
+    if let Some(to) = leaves.get_mut(task.rank..task.rank + hashed.len()) {
+        to.copy_from_slice(hashed);
+    }
+}
+
+fn hash(chain: &OpenChain, image: &Image, task: &Task, buffer: &mut Vec<u8>) -> Result<Vec<Digest>> {
+    buffer.resize(usize::try_from(task.bytes()).unwrap_or_default(), 0);
+    match task.host {
+        Some(host) => image.read_data(host, buffer)?,
+        // Past the view's end it reads zeros, as its last block is padded.
+        None => chain.read(GuestOffset(task.first * BLOCK_BYTES), buffer)?,
+    }
+    Ok(buffer.chunks(BLOCK_LENGTH).map(leaf).collect())
+}
+
