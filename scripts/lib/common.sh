@@ -18,6 +18,8 @@ die() {
 
 # -- Cleaning up ------------------------------------------------------------------------------------------------------------
 
+# Functions, called without arguments.
+UNDO_ACTIONS=()
 UNDO_MOUNTS=()
 UNDO_FILES=()
 
@@ -25,6 +27,9 @@ undo() {
     local status=$? at
     trap - EXIT
     trap '' INT TERM HUP
+    for ((at = ${#UNDO_ACTIONS[@]} - 1; at >= 0; at--)); do
+        "${UNDO_ACTIONS[at]}" || true
+    done
     for ((at = ${#UNDO_MOUNTS[@]} - 1; at >= 0; at--)); do
         # A process that was just ended may hold its files a moment longer.
         for _ in 1 2 3 4 5 6 7 8 9 10; do
@@ -65,7 +70,7 @@ package_of() {
         setfacl | getfacl) echo acl ;;
         setfattr | getfattr) echo attr ;;
         mount | umount) echo mount ;;
-        losetup | findmnt | flock | setpriv | fallocate | unshare) echo util-linux ;;
+        losetup | findmnt | flock | setpriv | fallocate | unshare | nsenter) echo util-linux ;;
         python3) echo python3 ;;
         cc) echo gcc libc6-dev ;;
         git) echo git ;;
@@ -73,6 +78,10 @@ package_of() {
         # Without the service that the whole server comes with.
         mariadbd | mariadb-install-db) echo mariadb-server-core ;;
         mariadb) echo mariadb-client-core ;;
+        # The server's backend for mounts is a package of its own, without a command.
+        ganesha.nfsd) echo nfs-ganesha nfs-ganesha-vfs ;;
+        rpcbind) echo rpcbind ;;
+        nfs-cp) echo libnfs-utils ;;
         file) echo file ;;
         readelf | strip) echo binutils ;;
         *) die "no package is known for $1" ;;
