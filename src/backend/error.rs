@@ -76,6 +76,22 @@ pub enum BackendError {
         #[source]
         source: io::Error,
     },
+    /// The store can only be read.
+    #[error("this store is only read: cannot {action} {path}")]
+    ReadOnly {
+        /// What was tried, as an infinitive.
+        action: &'static str,
+        /// The path.
+        path: String,
+    },
+    /// The store's server does not answer.
+    #[error("{store} cannot be reached: {detail}")]
+    Unreachable {
+        /// The store.
+        store: String,
+        /// What was tried, and what happened.
+        detail: String,
+    },
     /// Anything else that the system said.
     #[error("failed to {action} {path}")]
     Io {
@@ -115,6 +131,12 @@ impl BackendError {
         matches!(self, Self::Unsupported { .. } | Self::CannotClone { .. })
     }
 
+    /// Whether nothing of the store can be had, as its server does not answer: no matter of the one path.
+    #[must_use]
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Unreachable { .. })
+    }
+
     /// As [`BackendError::from_io`], for an operation that a store may lack; `lacking` is how systems say so.
     #[must_use]
     pub(super) fn from_io_of(
@@ -147,9 +169,15 @@ impl Failure for BackendError {
     fn kind(&self) -> Kind {
         match self {
             Self::NotFound { .. } => Kind::NotFound,
-            Self::AlreadyExists { .. } | Self::NotPlain { .. } | Self::Squashed { .. } => Kind::Refused,
+            Self::AlreadyExists { .. }
+            | Self::NotPlain { .. }
+            | Self::Squashed { .. }
+            | Self::ReadOnly { .. } => Kind::Refused,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::CannotClone { .. } | Self::Unsupported { .. } | Self::Io { .. } => Kind::Io,
+            Self::CannotClone { .. }
+            | Self::Unsupported { .. }
+            | Self::Unreachable { .. }
+            | Self::Io { .. } => Kind::Io,
         }
     }
 
@@ -161,6 +189,8 @@ impl Failure for BackendError {
             Self::Squashed { .. } => Code::Squashed,
             Self::NoSpace { .. } => Code::NoSpace,
             Self::CannotClone { .. } => Code::ModeImpossible,
+            Self::ReadOnly { .. } => Code::ReadOnly,
+            Self::Unreachable { .. } => Code::Unreachable,
             Self::Unsupported { .. } | Self::Io { .. } => Code::Io,
         }
     }
@@ -174,7 +204,9 @@ impl Failure for BackendError {
             | Self::CannotClone { path, .. }
             | Self::Squashed { path, .. }
             | Self::Unsupported { path, .. }
+            | Self::ReadOnly { path, .. }
             | Self::Io { path, .. } => Some(path),
+            Self::Unreachable { .. } => None,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Bytes and names on one store: the only file I/O of the crate.
 //!
 //! Owns: opening, reading, writing, moving, naming and locking files below one root. Does not own: what is
-//! in them. [`Backend`] is a store, [`StoreFile`] one open file on it; [`posix`] is a directory of a mount,
+//! in them. [`Backend`] is a store, [`StoreFile`] one open file on it; [`posix`] is a directory of a mount, [`nfs3`]
+//! an export that is read without one,
 //! [`memory`] a store for tests and simulation, [`faulty`] wraps either and fails, delays or counts calls,
 //! [`slow`] makes either as slow as a network mount. All pass one conformance suite ([`conformance`]). Only [`publish`] gives a file the name of another.
 //!
@@ -14,6 +15,7 @@ pub mod conformance;
 mod error;
 pub mod faulty;
 pub mod memory;
+pub mod nfs3;
 pub mod posix;
 pub mod publish;
 mod runs;
@@ -40,6 +42,11 @@ use crate::ids::StorePath;
 pub trait Backend: Send + Sync + Debug {
     /// What messages call the store: the directory, or the URL.
     fn describe(&self) -> String;
+
+    /// Whether the store can only be read: each call that would change something is [`BackendError::ReadOnly`].
+    fn read_only(&self) -> bool {
+        false
+    }
 
     /// Opens a regular file for reading. Never blocks on a pipe or device: anything but a regular file is
     /// [`BackendError::NotPlain`].

@@ -267,9 +267,9 @@ codes! {
         "Say --yes where there is no terminal to ask on.";
     /// Read-only.
     ReadOnly = "read-only", Error,
-        "A changing command was called with --read-only.",
+        "A changing command was called with --read-only, or on a store that is only read: an nfs:// export without a mount.",
         "None; nothing was done.",
-        "Leave --read-only away.";
+        "Leave --read-only away; mount the export and give the directory.";
     /// Another operation is at work on the store.
     StoreBusy = "store-busy", Info,
         "Another qchain changes this store or tree now.",
@@ -560,6 +560,11 @@ codes! {
         "Reading or writing failed.",
         "Unknown until the storage is looked at; published files are never half-written.",
         "See the message and the kernel's log.";
+    /// A store's server does not answer.
+    Unreachable = "unreachable", Error,
+        "The server of an nfs:// store cannot be found, connected to, or did not answer within the time-out of the store's URL.",
+        "None for the store: it is only read. What was not read is not known.",
+        "See that the server runs, that host, port and mountport are right, and that no firewall is between; a slow server may need a longer ?timeout=.";
     /// The user stopped it.
     Cancelled = "cancelled", Info,
         "The operation was stopped by the user.",

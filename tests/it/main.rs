@@ -29,6 +29,7 @@ mod merge_onto;
 mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
+mod nfs3_conformance;
 mod other_mount;
 mod power_cut;
 mod power_log;

@@ -15,6 +15,7 @@ pub mod libvirt;
 pub mod mariadb;
 pub mod merging;
 pub mod mounts;
+pub mod nfs;
 pub mod onto;
 pub mod open;
 pub mod qemu;
