@@ -57,7 +57,11 @@ struct Global {
     #[arg(long, global = true, value_name = "FILE", env = "QCHAIN_CONFIG")]
     config: Option<PathBuf>,
     /// A store; may be repeated [env: `QCHAIN_STORE`, several separated by semicolons]
-    #[arg(long = "store", global = true, value_name = "DIR[,url=URL][,alias=PREFIX][,layout=primary]")]
+    #[arg(
+        long = "store",
+        global = true,
+        value_name = "DIR_OR_EXPORT[,id=ID][,url=URL][,alias=PREFIX][,layout=primary]"
+    )]
     stores: Vec<String>,
     /// Print one JSON document and nothing else
     #[arg(long, global = true)]

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::error::{CliError, Result};
 use super::settings::{Backing, Directories, StoreSettings};
+use crate::backend::nfs3::{Nfs3Store, NfsUrl};
 use crate::backend::posix::PosixStore;
+use crate::backend::{Backend, BackendError};
 use crate::cloudstack::backing::Style;
 use crate::cloudstack::paths::Layout;
 use crate::cloudstack::prefix::StoreUrl;
@@ -29,21 +31,15 @@ pub fn configured(flags: &[String], settings: &[StoreSettings]) -> Result<Vec<St
     named.into_iter().map(|text| of_settings(&of_flag(text, settings)?)).collect()
 }
 
-/// Reads `DIR[,url=URL][,alias=PREFIX][,layout=primary]...`; a directory that the configuration knows keeps what is said
-/// of it there.
+/// Reads `DIR_OR_EXPORT[,id=ID][,url=URL][,alias=PREFIX][,layout=primary]...`; a directory or an export without a mount
+/// that the configuration knows keeps what is said of it there.
 fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
     let (directory, rest) = text.split_once(',').map_or((text, None), |(dir, rest)| (dir, Some(rest)));
     if directory.is_empty() {
         return Err(CliError::usage(format!("--store {text:?} names no directory")));
     }
-    if directory.contains("://") {
-        return Err(no_export(directory));
-    }
-    let path = absolute(Path::new(directory))?;
-    let known = settings.iter().find(|store| {
-        let theirs = store.path.as_deref().and_then(|path| absolute(path).ok());
-        theirs.is_some_and(|theirs| theirs == path)
-    });
+    let place = Place::of(directory)?;
+    let known = settings.iter().find(|store| Place::of_settings(store).is_ok_and(|theirs| theirs == place));
     let mut store = known.cloned().unwrap_or(StoreSettings {
         id: None,
         path: None,
@@ -52,17 +48,21 @@ fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
         backing: Backing::default(),
         layout: Directories::default(),
     });
-    store.path = Some(path);
+    match place {
+        Place::Directory(path) => store.path = Some(path),
+        Place::Export(_) => store.url = Some(directory.to_owned()),
+    }
     for option in rest.into_iter().flat_map(|rest| rest.split(',')) {
         match option.split_once('=') {
-            Some(("url", url)) => store.url = Some(url.to_owned()),
+            Some(("id", id)) => store.id = Some(id.to_owned()),
+            Some(("url", url)) if store.path.is_some() => store.url = Some(url.to_owned()),
             Some(("alias", prefix)) => store.aliases.push(prefix.to_owned()),
             Some(("layout", "primary")) => store.layout = Directories::Primary,
             Some(("layout", "secondary")) => store.layout = Directories::Secondary,
             _ => {
                 let message = format!(
-                    "--store {text:?}: {option:?} is none of url=URL, alias=PREFIX, layout=primary or \
-                     layout=secondary"
+                    "--store {text:?}: {option:?} is none of id=ID, url=URL (of a directory), alias=PREFIX, \
+                     layout=primary or layout=secondary"
                 );
                 return Err(CliError::usage(message));
             }
@@ -72,22 +72,20 @@ fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {
 }
 
 fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
-    let Some(path) = &store.path else {
-        return Err(match &store.url {
-            Some(url) => no_export(url),
-            None => CliError::usage("a store of the configuration has neither path nor url".to_owned()),
-        });
+    let place = Place::of_settings(store)?;
+    let (root, name) = match &place {
+        Place::Directory(path) => {
+            let root = path.to_str().ok_or_else(|| {
+                CliError::usage(format!("the store's directory {} is not UTF-8", path.display()))
+            })?;
+            (root.to_owned(), path.file_name().and_then(|name| name.to_str()).unwrap_or("root"))
+        }
+        Place::Export(url) => (store.url.clone().unwrap_or_default(), url.name()),
     };
-    let path = absolute(path)?;
-    let root = path
-        .to_str()
-        .ok_or_else(|| CliError::usage(format!("the store's directory {} is not UTF-8", path.display())))?;
-    let id = match &store.id {
-        Some(id) => id.as_str(),
-        None => path.file_name().and_then(|name| name.to_str()).unwrap_or("root"),
-    };
-    let id = StoreId::parse(id).map_err(|error| {
-        CliError::usage(format!("{root}: {error}; name the store in the configuration (id = ...)"))
+    let id = StoreId::parse(store.id.as_deref().unwrap_or(name)).map_err(|error| {
+        CliError::usage(format!(
+            "{root}: {error}; name the store (id=... here, id = ... in the configuration)"
+        ))
     })?;
     let url = store.url.as_deref().map(StoreUrl::parse).transpose();
     let url = url.map_err(|error| CliError::usage(error.to_string()))?;
@@ -102,13 +100,43 @@ fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
         Directories::Secondary => Layout::Secondary,
         Directories::Primary => Layout::Primary,
     };
-    Ok(StoreConfig { id, root: root.to_owned(), url, aliases: store.aliases.clone(), backing, layout })
+    Ok(StoreConfig { id, root, url, aliases: store.aliases.clone(), backing, layout })
 }
 
-fn no_export(url: &str) -> CliError {
-    CliError::unsupported(format!(
-        "{url}: stores without a mount are not supported yet; mount it and give the directory"
-    ))
+/// Where a store is.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// A directory, absolute.
+    Directory(PathBuf),
+    /// An export that is read without a mount.
+    Export(NfsUrl),
+}
+
+impl Place {
+    fn of(text: &str) -> Result<Self> {
+        if !text.contains("://") {
+            return absolute(Path::new(text)).map(Self::Directory);
+        }
+        NfsUrl::parse(text).map(Self::Export).map_err(|error| CliError::usage(error.to_string()))
+    }
+
+    /// The path if there is one, else the URL.
+    fn of_settings(store: &StoreSettings) -> Result<Self> {
+        match (&store.path, &store.url) {
+            (Some(path), _) => absolute(path).map(Self::Directory),
+            (None, Some(url)) => Self::of(url),
+            (None, None) => {
+                Err(CliError::usage("a store of the configuration has neither path nor url".to_owned()))
+            }
+        }
+    }
+
+    fn open(&self) -> std::result::Result<Arc<dyn Backend>, BackendError> {
+        Ok(match self {
+            Self::Directory(path) => Arc::new(PosixStore::open(path)?),
+            Self::Export(url) => Arc::new(Nfs3Store::open(url)?),
+        })
+    }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -122,11 +150,12 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 /// Opens stores for reading.
 pub fn open(configs: Vec<StoreConfig>) -> Result<Stores> {
     let opened = configs.into_iter().map(|config| {
-        let backend = PosixStore::open(Path::new(&config.root));
-        let backend = backend.map_err(|source| StoreError::Backend { store: config.root.clone(), source })?;
-        Store::open(config, Arc::new(backend))
+        let store = config.root.clone();
+        let backend = Place::of(&store)?.open();
+        let backend = backend.map_err(|source| StoreError::Backend { store, source })?;
+        Ok(Store::open(config, backend)?)
     });
-    Ok(Stores::new(opened.collect::<std::result::Result<_, StoreError>>()?)?)
+    Ok(Stores::new(opened.collect::<Result<_>>()?)?)
 }
 
 #[cfg(test)]
@@ -165,11 +194,30 @@ mod tests {
             ("/mnt/a,url=ftp://x/y", Code::Usage),
             ("/mnt/a,alias=relative", Code::Usage),
             ("/mnt/a b", Code::Usage),
-            ("nfs://nas/export", Code::Unsupported),
+            ("nfs://nas", Code::Usage),
+            ("nfs://nas/export?colour=red", Code::Usage),
+            ("nfs://nas/export,url=nfs://nas/other", Code::Usage),
+            ("nfs://nas/ex port", Code::Usage),
+            ("smb://nas/export", Code::Usage),
         ] {
             let error = configured(&[flag.to_owned()], &[]).unwrap_err();
             assert_eq!((error.kind().exit_code(), error.code()), (2, code), "{flag}");
         }
+    }
+
+    #[test]
+    fn exports_are_stores() {
+        let flag = "nfs://nas:2050/export/sec1?uid=0,alias=/mnt/a".to_owned();
+        let flagged = configured(std::slice::from_ref(&flag), &[]).unwrap();
+        assert_eq!(flagged[0].id.as_str(), "sec1");
+        assert_eq!(flagged[0].root, "nfs://nas:2050/export/sec1?uid=0");
+        assert_eq!(flagged[0].url.as_ref().unwrap().to_string(), "nfs://nas/export/sec1");
+        let named = configured(&["nfs://nas/export,id=other".to_owned()], &[]).unwrap();
+        assert_eq!(named[0].id.as_str(), "other");
+        let text = "[[stores]]\nid = \"one\"\nurl = \"nfs://nas:2050/export/sec1?uid=0\"";
+        let settings = super::super::settings::Settings::parse(text).unwrap().stores;
+        assert_eq!(configured(&[], &settings).unwrap()[0].root, flagged[0].root);
+        assert_eq!(configured(&[flag], &settings).unwrap()[0].id.as_str(), "one");
     }
 
     #[test]

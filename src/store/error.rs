@@ -67,6 +67,12 @@ pub enum StoreError {
         /// The store.
         store: String,
     },
+    /// The store is read without a mount.
+    #[error("{store} is read without a mount, and cannot be changed so; mount it and give the directory")]
+    ReadOnly {
+        /// The store.
+        store: String,
+    },
     /// `store.json` cannot be understood.
     #[error("{store}/.qchain/store.json is damaged: {detail}")]
     BadRecord {
@@ -157,6 +163,7 @@ impl Failure for StoreError {
             Self::NotInitialised { .. }
             | Self::Newer { .. }
             | Self::Primary { .. }
+            | Self::ReadOnly { .. }
             | Self::BadRecord { .. }
             | Self::Absent { .. }
             | Self::Leaves { source: LeafError::Fault { .. }, .. }
@@ -181,6 +188,7 @@ impl Failure for StoreError {
             Self::Closed { .. } => Code::Io,
             Self::Newer { .. } => Code::NewerStore,
             Self::Primary { .. } => Code::PrimaryStorage,
+            Self::ReadOnly { .. } => Code::ReadOnly,
             Self::Absent { .. } => Code::StoreAbsent,
             Self::Busy { .. } => Code::StoreBusy,
             Self::Proof { .. } => Code::ProofFailed,

@@ -15,7 +15,8 @@ use crate::store::record::{FORMAT, MAX_RECORD_BYTES, StoreKind, StoreRecord, own
 pub struct StoreConfig {
     /// Its name on the command line.
     pub id: StoreId,
-    /// The directory as text, absolute: also a prefix that backing names may carry.
+    /// The directory as text, absolute: also a prefix that backing names may carry. Or the URL of an export that
+    /// is read without a mount.
     pub root: String,
     /// CloudStack's URL of it.
     pub url: Option<StoreUrl>,
@@ -67,7 +68,8 @@ impl Store {
     #[must_use]
     pub fn names(&self) -> StoreNames {
         let StoreConfig { id, root, url, aliases, .. } = &self.config;
-        StoreNames::new(id.clone(), Some(root), url.as_ref(), aliases)
+        let directory = root.starts_with('/').then_some(root.as_str());
+        StoreNames::new(id.clone(), directory, url.as_ref(), aliases)
     }
 
     /// What the configuration says of it.
@@ -94,8 +96,12 @@ impl Store {
         self.kind
     }
 
-    /// Refuses primary storage, which hypervisors alone change.
-    pub fn check_layout(&self) -> Result<()> {
+    /// Refuses what is never changed from here: an export that is read without a mount, and primary storage,
+    /// which hypervisors alone change.
+    pub fn check_changeable(&self) -> Result<()> {
+        if self.backend.read_only() {
+            return Err(StoreError::ReadOnly { store: self.backend.describe() });
+        }
         match self.kind {
             StoreKind::Primary => Err(StoreError::Primary { store: self.backend.describe() }),
             StoreKind::Cloudstack | StoreKind::Plain => Ok(()),
@@ -104,7 +110,7 @@ impl Store {
 
     /// The record, if this program may change the store.
     pub fn writable_record(&self) -> Result<&StoreRecord> {
-        self.check_layout()?;
+        self.check_changeable()?;
         let store = self.backend.describe();
         if self.closed {
             return Err(StoreError::Closed { store });

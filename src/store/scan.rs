@@ -271,6 +271,8 @@ fn read_one(
             }
             // Taken for unreadable, it would be taken for a possible child of its neighbours.
             Err(BackendError::NotFound { .. }) => return Ok(None),
+            // Says nothing of this one.
+            Err(source) if source.is_unreachable() => return Err(StoreError::backend(store, source)),
             Err(error) => {
                 let message = with_causes(&error);
                 tell(Code::Io, message.clone());

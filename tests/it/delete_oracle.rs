@@ -21,12 +21,12 @@ use super::support::store::{
 const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
 
 /// Whether the full matrices were asked for.
-fn full() -> bool {
+pub fn full() -> bool {
     std::env::var_os("QCHAIN_FULL").is_some()
 }
 
 /// Every kind of image that QEMU makes.
-fn kinds() -> Vec<Kind> {
+pub fn kinds() -> Vec<Kind> {
     let mut kinds = Vec::new();
     for cluster in [4096, 65_536, 2 << 20] {
         let plain = Kind { cluster, ..Kind::PLAIN };
@@ -48,7 +48,7 @@ fn kinds() -> Vec<Kind> {
 }
 
 /// Chains of one kind, chains of mixed kinds, sizes that differ.
-fn chains() -> Vec<(String, Vec<Spec>)> {
+pub fn chains() -> Vec<(String, Vec<Spec>)> {
     let kinds = kinds();
     let mut chains = Vec::new();
     let mut numbers = Numbers(7);

@@ -88,7 +88,7 @@ pub fn init(stores: &Stores, kind: Option<StoreKind>, locks: LockProof<'_>) -> R
 
 /// A store that is opted in keeps its kind, and one of a newer layout is left alone.
 fn check_kind(store: &Store, kind: Option<StoreKind>) -> Result<()> {
-    store.check_layout()?;
+    store.check_changeable()?;
     let Some(record) = store.record() else { return Ok(()) };
     store.writable_record()?;
     if kind.is_some_and(|kind| kind != record.kind) {
@@ -169,7 +169,7 @@ fn lock(store: &Store) -> Result<Guard> {
 pub fn deinit(stores: &Stores) -> Result<Vec<DeinitReport>> {
     let mut guards = Vec::new();
     for (_, store) in stores.iter() {
-        store.check_layout()?;
+        store.check_changeable()?;
         let there = store.backend().stat(&own(&[])).is_ok_and(|stat| stat.kind == FileKind::Directory);
         if !there {
             return Err(StoreError::NotInitialised { store: store.backend().describe() }.into());

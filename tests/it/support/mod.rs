@@ -18,6 +18,7 @@ pub mod mounts;
 pub mod nfs;
 pub mod onto;
 pub mod open;
+pub mod proxy;
 pub mod qemu;
 pub mod reader;
 pub mod sim;

@@ -1,0 +1,132 @@
+//! A network between a client and a server, in this process: slower, cut, or silent, at a call's choice.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// What happens to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It reaches the server.
+    Pass,
+    /// The connection is cut before it does.
+    CutBefore,
+    /// It does, and the connection is cut before the answer.
+    CutAfter,
+    /// It is lost, and the connection stays.
+    Lose,
+}
+
+type Chooser = Box<dyn Fn(usize) -> Fate + Send + Sync>;
+
+/// How it is now.
+struct Line {
+    target: u16,
+    delay_us: AtomicU64,
+    requests: AtomicUsize,
+    choose: Mutex<Option<Chooser>>,
+    ended: AtomicBool,
+}
+
+/// It listens as long as this value lives.
+pub struct Proxy {
+    line: Arc<Line>,
+    port: u16,
+}
+
+impl Proxy {
+    /// Listens, and passes everything on to a port of this host.
+    pub fn start(target: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let line = Arc::new(Line {
+            target,
+            delay_us: AtomicU64::new(0),
+            requests: AtomicUsize::new(0),
+            choose: Mutex::default(),
+            ended: AtomicBool::new(false),
+        });
+        let passing = line.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                if passing.ended.load(Ordering::SeqCst) {
+                    break;
+                }
+                let line = passing.clone();
+                std::thread::spawn(move || serve(&line, client.unwrap()));
+            }
+        });
+        Self { line, port }
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How much later each request arrives from now on.
+    pub fn delay(&self, delay: Duration) {
+        self.line.delay_us.store(u64::try_from(delay.as_micros()).unwrap(), Ordering::SeqCst);
+    }
+
+    /// What becomes of each request from now on, by its number from 0.
+    pub fn choose(&self, choose: impl Fn(usize) -> Fate + Send + Sync + 'static) {
+        *self.line.choose.lock().unwrap() = Some(Box::new(choose));
+        self.line.requests.store(0, Ordering::SeqCst);
+    }
+
+    /// How many requests there were since then.
+    pub fn requests(&self) -> usize {
+        self.line.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.line.ended.store(true, Ordering::SeqCst);
+        // Wakes the listener, which then ends.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+fn serve(line: &Arc<Line>, mut client: TcpStream) {
+    // Nobody there: as if it had been refused.
+    let Ok(mut server) = TcpStream::connect(("127.0.0.1", line.target)) else { return };
+    client.set_nodelay(true).unwrap();
+    server.set_nodelay(true).unwrap();
+    let silenced = Arc::new(AtomicBool::new(false));
+    let (mut from, mut to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+    let silent = silenced.clone();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 20];
+        while let Ok(count) = from.read(&mut buffer) {
+            if count == 0 || silent.load(Ordering::SeqCst) || to.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    });
+    let mut buffer = vec![0; 64 << 10];
+    // A connection has one small request at a time, so that each comes in one piece.
+    while let Ok(count) = client.read(&mut buffer) {
+        if count == 0 {
+            break;
+        }
+        let number = line.requests.fetch_add(1, Ordering::SeqCst);
+        let fate = line.choose.lock().unwrap().as_ref().map_or(Fate::Pass, |choose| choose(number));
+        std::thread::sleep(Duration::from_micros(line.delay_us.load(Ordering::SeqCst)));
+        match fate {
+            Fate::Lose => continue,
+            Fate::CutBefore => break,
+            Fate::CutAfter => silenced.store(true, Ordering::SeqCst),
+            Fate::Pass => {}
+        }
+        if server.write_all(&buffer[..count]).is_err() {
+            break;
+        }
+    }
+    let _ = server.shutdown(Shutdown::Both);
+    let _ = client.shutdown(Shutdown::Both);
+}
