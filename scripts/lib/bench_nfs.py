@@ -1,0 +1,100 @@
+"""Measures `qchain list` and reading over NFS without a mount, beside the directory itself and nfs-cp. Run through scripts/bench nfs."""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from bench_common import describe, machine, measured, save
+from bench_store import CHAIN, make, pattern_of
+
+FILE_BYTES = 1 << 30
+
+
+@contextlib.contextmanager
+def proxy(port, milliseconds):
+    """The port of a proxy that makes every call so much longer."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench_proxy.py")
+    with subprocess.Popen([sys.executable, script, port, str(milliseconds)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def list_runs(options, runs):
+    store = os.path.join(options.directory, "store")
+    make(store, options.members, *pattern_of(options.directory))
+    print(f"{options.members:,} members in chains of {CHAIN}, with checkpoint files; nfs-ganesha on this host\n", flush=True)
+    print(f"  {'qchain list --json, first run':<40}{'seconds':>9}{'peak':>12}")
+    url = "nfs://127.0.0.1:{}/export/store?mountport=" + options.mount_port
+    delays = [(f"NFS, each call {delay} ms longer", delay) for delay in (1, 2)]
+    for name, delay in [("the directory itself", None), ("NFS", 0), *delays]:
+        with proxy(options.port, delay) if delay else contextlib.nullcontext(options.port) as port:
+            place = store if delay is None else url.format(port)
+            # Nothing is known from before.
+            command = ["env", f"XDG_CACHE_HOME={options.directory}/none", options.qchain, "--store", place, "list", "--json"]
+            for _ in range(3):
+                subprocess.run(["rm", "-rf", f"{options.directory}/none"], check=True)
+                seconds, peak, output = measured([command])
+                document = json.loads(output)
+                listed = sum(len(chain["members"]) for chain in document["chains"])
+                if listed != options.members or document["findings"]:
+                    raise SystemExit(f"bench: {listed} of {options.members} members listed, {document['findings'][:3]}")
+                runs.append({"run": f"list, {name}", "seconds": seconds, "peak_bytes": peak})
+        of_name = [run for run in runs if run["run"] == f"list, {name}"]
+        seconds = statistics.median(run["seconds"] for run in of_name)
+        print(f"  {name:<40}{seconds:>7.2f} s{max(run['peak_bytes'] for run in of_name) / 2**20:>8.0f} MiB", flush=True)
+
+
+def read_runs(options, runs):
+    """One image whose view is one run of random data: what qchain digest reads is what nfs-cp copies."""
+    raw, image = (os.path.join(options.directory, name) for name in ("raw", "image"))
+    with open(raw, "wb") as file:
+        for _ in range(FILE_BYTES >> 20):
+            file.write(os.urandom(1 << 20))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image], check=True)
+    os.unlink(raw)
+    target = os.path.join(options.directory, "copy")
+    print(f"\n  {'1 GiB of random data, cached':<40}{'median':>9}{'MiB/s':>9}")
+    for delay in (0, 1):
+        with proxy(options.port, delay) if delay else contextlib.nullcontext(options.port) as port:
+            url = f"nfs://127.0.0.1:{port}/export"
+            store = f"{url}?mountport={options.mount_port}"
+            theirs = f"{url}/image?version=3&nfsport={port}&mountport={options.mount_port}".replace(f":{port}/", "/")
+            contestants = {
+                "qchain digest over NFS (reads, hashes)": ["env", f"XDG_CACHE_HOME={options.directory}/none"]
+                + [options.qchain, "--quiet", "--store", store, "digest", "image"],
+                "nfs-cp to /dev/shm (reads, writes)": ["nfs-cp", theirs, "/dev/shm/qchain-bench-copy"],
+            }
+            after = f", each call {delay} ms longer" if delay else ""
+            try:
+                for _ in range(5):
+                    for name, command in contestants.items():
+                        seconds, peak, _ = measured([command])
+                        runs.append({"run": name + after, "seconds": seconds, "peak_bytes": peak})
+            finally:
+                subprocess.run(["rm", "-f", "/dev/shm/qchain-bench-copy", target], check=True)
+            for name in contestants:
+                seconds = statistics.median(run["seconds"] for run in runs if run["run"] == name + after)
+                print(f"  {name + after:<62}{seconds:>7.2f} s{(FILE_BYTES >> 20) / seconds:>9.0f} MiB/s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("qchain", "directory", "port", "mount-port", "json", "command"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--members", type=int, required=True)
+    options = parser.parse_args()
+    facts = machine()
+    describe(facts)
+    runs = []
+    list_runs(options, runs)
+    read_runs(options, runs)
+    save(options.json, {"schema": 1, "command": options.command, "machine": facts, "members": options.members, "runs": runs})
+
+
+main()
