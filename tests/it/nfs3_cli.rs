@@ -168,6 +168,28 @@ fn the_configuration_names_exports() {
         .unwrap();
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["chains"], world.run(&["list"]).1["chains"]);
+    // By name, whatever addresses that has.
+    let named = format!("{},id=s1", server.url("").replace("127.0.0.1", "localhost"));
+    assert_eq!(world.run_on(&named, &["list"]).1["chains"], document["chains"]);
+}
+
+#[test]
+fn who_is_not_root_reads_as_the_user_it_is() {
+    let world = World::forked();
+    fs::set_permissions(world.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(world.member("d"), fs::Permissions::from_mode(0o600)).unwrap();
+    let server = Ganesha::start(&world.root());
+    for (member, code) in [("c", 0), ("d", 6)] {
+        let status = Command::new("setpriv")
+            .args(["--reuid", "1000", "--regid", "1000", "--clear-groups", env!("CARGO_BIN_EXE_qchain")])
+            .args(["--json", "--store", &server.url(""), "digest", member])
+            .env_remove("HOME")
+            .env_remove("XDG_CACHE_HOME")
+            .env_remove("QCHAIN_CONFIG")
+            .output()
+            .unwrap();
+        assert_eq!(status.status.code(), Some(code), "{member}: {status:?}");
+    }
 }
 
 #[test]

@@ -74,6 +74,39 @@ fn a_lost_call_is_made_again() {
     }
 }
 
+const STALE: u32 = 70;
+const LATER: u32 = 10_008;
+
+/// Also each call of those made again.
+#[test]
+fn a_server_may_ask_to_be_asked_later_and_forget_a_handle() {
+    let world = World::forked();
+    let server = Ganesha::start(&world.root());
+    let wanted = wanted(&world, &server);
+    let proxy = Proxy::start(server.port());
+    let url = server.url_by(proxy.port(), "&timeout=20");
+    for (verb, wanted) in VERBS.iter().zip(&wanted) {
+        proxy.choose(|_| Fate::Pass);
+        assert_eq!(run(&world, &url, verb), *wanted, "{verb:?}");
+        let calls = proxy.requests();
+        for at in 0..calls {
+            proxy.choose(move |number| if number == at { Fate::Answer(LATER) } else { Fate::Pass });
+            assert_eq!(run(&world, &url, verb), *wanted, "{verb:?}, later at {at}");
+            // The first call is about the root, whose handle is a moment old.
+            if at > 0 {
+                proxy.choose(move |number| if number == at { Fate::Answer(STALE) } else { Fate::Pass });
+                assert_eq!(run(&world, &url, verb), *wanted, "{verb:?}, stale at {at}");
+            }
+        }
+    }
+    let store = open(&server.url_by(proxy.port(), "&timeout=2"));
+    proxy.choose(|_| Fate::Answer(LATER));
+    let begun = Instant::now();
+    let error = store.stat(&StorePath::parse("snapshots").unwrap()).unwrap_err();
+    assert_eq!((error.kind(), error.code()), (Kind::Io, Code::Io), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
 #[test]
 fn slow_is_not_broken() {
     let world = World::forked();
@@ -134,7 +167,16 @@ fn a_server_that_stays_away_is_an_error_in_time() {
     for index in 0..40 {
         fs::copy(world.member("a"), world.member(&format!("more{index}"))).unwrap();
     }
-    for (at, kill) in [(2, true), (9, true), (40, true), (2, false), (9, false), (40, false)] {
+    let cases: &[(&[&str], usize, bool)] = &[
+        (&["list"], 2, true),
+        (&["list"], 40, true),
+        (&["list"], 9, false),
+        (&["list"], 120, false),
+        (&["verify"], 200, true),
+        (&["verify"], 180, false),
+        (&["digest", "a"], 137, true),
+    ];
+    for &(verb, at, kill) in cases {
         let server = Arc::new(Mutex::new(Ganesha::start_alone(&world.root())));
         let (proxy, url) = {
             let server = server.lock().unwrap();
@@ -145,18 +187,25 @@ fn a_server_that_stays_away_is_an_error_in_time() {
         let ended = server.clone();
         proxy.choose(move |number| {
             if number == at {
-                if kill { ended.lock().unwrap().kill() } else { ended.lock().unwrap().signal("STOP") }
+                if kill { ended.lock().unwrap().kill() } else { ended.lock().unwrap().stop() }
             }
             Fate::Pass
         });
         let begun = Instant::now();
-        let (exit, document) = run(&world, &url, &["list"]);
+        let (exit, document) = run(&world, &url, verb);
         let took = begun.elapsed();
         let error = &document["error"];
-        assert_eq!((exit, error["code"].as_str()), (8, Some("unreachable")), "{at} {kill}: {document}");
+        assert_eq!(
+            (exit, error["code"].as_str()),
+            (8, Some("unreachable")),
+            "{verb:?} {at} {kill}: {document}"
+        );
         assert!(error["message"].as_str().unwrap().contains("no answer within 4 s"), "{document}");
         // One wait, whatever number of files is left.
-        assert!(took > Duration::from_secs(3) && took < Duration::from_secs(12), "{at} {kill}: {took:?}");
+        assert!(
+            took > Duration::from_secs(3) && took < Duration::from_secs(12),
+            "{verb:?} {at} {kill}: {took:?}"
+        );
     }
 }
 
@@ -169,12 +218,12 @@ fn a_server_that_stops_for_a_while_is_waited_for() {
     let store = open(&url);
     let path = StorePath::parse("snapshots/2/7/a").unwrap();
     let file = store.open(&path).unwrap();
-    server.signal("STOP");
+    server.stop();
     let goes_on = server.clone();
     let begun = Instant::now();
     let waker = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_secs(seconds));
-        goes_on.signal("CONT");
+        goes_on.go_on();
     });
     let mut bytes = vec![0; usize::try_from(fs::metadata(world.member("a")).unwrap().len()).unwrap()];
     assert_eq!(file.read_at(0, &mut bytes).unwrap(), bytes.len());
@@ -182,11 +231,11 @@ fn a_server_that_stops_for_a_while_is_waited_for() {
     assert_eq!(bytes, fs::read(world.member("a")).unwrap());
     waker.join().unwrap();
     // The mount, too.
-    server.signal("STOP");
+    server.stop();
     let goes_on = server.clone();
     let waker = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_secs(2));
-        goes_on.signal("CONT");
+        goes_on.go_on();
     });
     assert_eq!(run(&world, &url, &["list"]).0, 0);
     waker.join().unwrap();

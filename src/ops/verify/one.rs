@@ -109,7 +109,7 @@ impl Context<'_> {
         };
         match self.compare(id, name, member, manifest, matches!(known, Known::Changed(_)), looked) {
             Ok(()) => Ok(()),
-            Err(error) if matches!(error.kind(), Kind::Cancelled) => Err(error),
+            Err(error) if error.kind() == Kind::Cancelled || error.code() == Code::Unreachable => Err(error),
             Err(error) => {
                 let verdict = if error.kind() == Kind::Corrupt { Verdict::Damaged } else { Verdict::Unknown };
                 looked.verdict = looked.verdict.max(verdict);
@@ -233,7 +233,8 @@ fn should_be_image(stores: &Stores, member: &Member) -> bool {
     plain || member.key.path.components().next() == Some(SNAPSHOTS)
 }
 
-/// Checks tables and reference counts, and takes their fingerprint. Only a failing store is an error.
+/// Checks tables and reference counts, and takes their fingerprint. Only a failing store is an error: one whose server
+/// is away says nothing of the other members, either.
 fn structure(
     stores: &Stores,
     member: &Member,
@@ -246,12 +247,15 @@ fn structure(
     let (report, taken): (Report, Fingerprint) = match open_image(stores, &member.key) {
         Ok(image) => match fingerprint(&image, &Limits::default()) {
             Ok(found) => found,
+            Err(source) if source.code() == Code::Unreachable => {
+                return Err(StoreError::Image { member: name.to_owned(), source }.into());
+            }
             Err(error) => {
                 tell(error.code(), error.to_string());
                 return Ok((verdict_of(&error), None));
             }
         },
-        Err(StoreError::Image { source, .. }) => {
+        Err(StoreError::Image { source, .. }) if source.code() != Code::Unreachable => {
             tell(source.code(), source.to_string());
             return Ok((verdict_of(&source), None));
         }

@@ -160,8 +160,28 @@ impl Ganesha {
         assert!(self.try_start(), "the server does not start again");
     }
 
-    /// Stops it, or lets it go on.
-    pub fn signal(&self, signal: &str) {
+    /// Stops it, and waits until all of it stands still.
+    pub fn stop(&self) {
+        self.signal("STOP");
+        let tasks = format!("/proc/{}/task", self.server.as_ref().unwrap().id());
+        let begun = Instant::now();
+        let stands = |task: fs::DirEntry| {
+            // One that has ended meanwhile stands still, too.
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_none_or(|rest| rest.is_empty() || rest.starts_with(" T"))
+        };
+        while !fs::read_dir(&tasks).unwrap().all(|task| stands(task.unwrap())) {
+            assert!(begun.elapsed() < PATIENCE, "the server does not stop");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, signal: &str) {
         let server = self.server.as_ref().unwrap();
         super::qemu::must("kill", &["-s", signal, &server.id().to_string()]);
     }

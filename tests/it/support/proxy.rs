@@ -13,6 +13,8 @@ pub enum Fate {
     Pass,
     /// The connection is cut before it does.
     CutBefore,
+    /// It is answered with this status (of NFS), without the server.
+    Answer(u32),
     /// It does, and the connection is cut before the answer.
     CutAfter,
     /// It is lost, and the connection stays.
@@ -91,6 +93,20 @@ impl Drop for Proxy {
     }
 }
 
+/// The reply to a call that did not do it.
+fn answer(call: &[u8], status: u32) -> Vec<u8> {
+    let xid = u32::from_be_bytes(call[4..8].try_into().unwrap());
+    // Reply, accepted, no verifier, done: what follows is the procedure's own.
+    let mut words = vec![xid, 1, 0, 0, 0, 0, status];
+    // All but GETATTR tell attributes here, or that they do not.
+    if call[24..28] != [0, 0, 0, 1] {
+        words.push(0);
+    }
+    let head = (1_u32 << 31) + u32::try_from(4 * words.len()).unwrap();
+    words.insert(0, head);
+    words.into_iter().flat_map(u32::to_be_bytes).collect()
+}
+
 fn serve(line: &Arc<Line>, mut client: TcpStream) {
     // Nobody there: as if it had been refused.
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", line.target)) else { return };
@@ -119,6 +135,12 @@ fn serve(line: &Arc<Line>, mut client: TcpStream) {
         std::thread::sleep(Duration::from_micros(line.delay_us.load(Ordering::SeqCst)));
         match fate {
             Fate::Lose => continue,
+            Fate::Answer(status) => {
+                if client.write_all(&answer(&buffer[..count], status)).is_err() {
+                    break;
+                }
+                continue;
+            }
             Fate::CutBefore => break,
             Fate::CutAfter => silenced.store(true, Ordering::SeqCst),
             Fate::Pass => {}
