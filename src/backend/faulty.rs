@@ -277,6 +277,10 @@ impl Backend for Faulty {
         self.inner.describe()
     }
 
+    fn read_only(&self) -> bool {
+        self.inner.read_only()
+    }
+
     fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
         self.call("open", path, false, || self.inner.open(path)).map(|file| self.wrap(file))
     }

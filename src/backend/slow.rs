@@ -72,6 +72,10 @@ impl Backend for Slow {
         self.inner.describe()
     }
 
+    fn read_only(&self) -> bool {
+        self.inner.read_only()
+    }
+
     fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
         self.inner().open(path).map(|file| self.wrap(file))
     }

@@ -157,7 +157,7 @@ fn refusal_kind(code: Code) -> Kind {
         | Code::AmbiguousParent => Kind::Corrupt,
         Code::DataDamaged | Code::MetadataDamaged | Code::ChangedSinceAdoption | Code::ParentChanged => Kind::Damage,
         Code::NoSpace => Kind::NoSpace,
-        Code::Io => Kind::Io,
+        Code::Io | Code::Unreachable => Kind::Io,
         Code::Cancelled => Kind::Cancelled,
         _ => Kind::Refused,
     }

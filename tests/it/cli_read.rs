@@ -163,8 +163,8 @@ fn bad_calls() {
     }
     let (exit, document) = world.run_on("/nowhere/at/all", &["list"]);
     assert_eq!((exit, &document["error"]["code"]), (4, &Value::from("not-found")));
-    let (exit, document) = world.run_on("nfs://nas/export", &["list"]);
-    assert_eq!((exit, &document["error"]["code"]), (2, &Value::from("unsupported")));
+    let (exit, document) = world.run_on("nfs://nas", &["list"]);
+    assert_eq!((exit, &document["error"]["code"]), (2, &Value::from("usage")));
     assert_eq!(world.run(&["explain", "cycle"]).1["severity"], "error");
 }
 
