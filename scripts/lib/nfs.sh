@@ -50,8 +50,8 @@ nfs_start() {
     directory=$(realpath "$1")
     [[ $(id -u) == 0 ]] || die "an NFS server needs root"
     scratch NFS_PLACE
-    # All servers that scripts start are one after the other: they have the same ports.
-    exec {NFS_LOCK}>/tmp/qchain-nfs.lock
+    # All servers that scripts start are one after the other: they have the same ports. The program is a file that all of them have.
+    exec {NFS_LOCK}<"$(command -v ganesha.nfsd)"
     flock "$NFS_LOCK"
     NFS_PORT=20490 NFS_MOUNT_PORT=20491
     UNDO_ACTIONS+=(nfs_stop)

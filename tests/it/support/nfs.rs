@@ -21,10 +21,11 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 const CONFIGURATION: &str = include_str!("../../../scripts/lib/ganesha.conf");
 
-/// What a process does before it becomes rpcbind.
+/// What is done in a view of the file system of its own. The shell is the first process of its kind, and takes all
+/// others with it; rpcbind, which becomes another user, would outlive a test that is killed.
 const PRIVATE: &str =
     "mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/rpcbind /run/ganesha && mkdir -p /var/lib/nfs &&
-    mount -t tmpfs -o mode=755 tmpfs /var/lib/nfs && exec unshare --net rpcbind -f";
+    mount -t tmpfs -o mode=755 tmpfs /var/lib/nfs && { unshare --net rpcbind -f & wait; }";
 
 /// A server; it ends with this value, or with the thread that made it.
 #[derive(Debug)]
@@ -56,17 +57,8 @@ impl Ganesha {
     pub fn start_alone(directory: &Path) -> Self {
         let place = tempfile::tempdir().unwrap();
         let rpcbind = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                "unshare",
-                "--mount",
-                "--propagation",
-                "slave",
-                "sh",
-                "-c",
-                PRIVATE,
-            ])
+            .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "slave"])
+            .args(["--pid", "--fork", "--kill-child=KILL", "sh", "-c", PRIVATE])
             .stdin(Stdio::null())
             .stdout(log(place.path(), "rpcbind.out"))
             .stderr(log(place.path(), "rpcbind.out"))
