@@ -85,11 +85,6 @@ impl CliError {
         Self::Usage { code: Code::Usage, message }
     }
 
-    /// A call of something that does not exist yet.
-    pub fn unsupported(message: String) -> Self {
-        Self::Usage { code: Code::Unsupported, message }
-    }
-
     /// Whether whoever reads the output has gone, which is no reason to complain.
     pub fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Write { source } if source.kind() == io::ErrorKind::BrokenPipe)

@@ -150,7 +150,7 @@ fn bad_calls() {
         (&["map", "snapshots/2/7/"], 2, "ambiguous"),
         (&["map"], 2, "usage"),
         (&["frobnicate"], 2, "usage"),
-        (&["verify", "--level", "data"], 2, "unsupported"),
+        (&["verify", "--fraction", "0.5"], 2, "usage"),
         (&["explain", "no-such-code"], 2, "usage"),
         (&["list", "--store", "nfs://nas/export"], 2, "usage"),
         (&["list", "@/nowhere/list"], 4, "not-found"),
