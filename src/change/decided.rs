@@ -71,6 +71,12 @@ impl<'s> Decided<'s> {
         }
     }
 
+    /// The store that has its records.
+    #[must_use]
+    pub fn home(&self) -> usize {
+        self.home
+    }
+
     /// Its claim was just made durable.
     pub(super) fn lasting(self) -> Self {
         self.lasts.store(true, Ordering::Relaxed);

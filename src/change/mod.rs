@@ -26,6 +26,7 @@ pub mod journal;
 mod keep;
 mod lease;
 pub mod leaving;
+pub mod log;
 mod operation;
 pub mod pending_rows;
 pub mod places;

@@ -9,6 +9,7 @@ use crate::chain::graph::Key;
 use crate::change::clock::Clock;
 use crate::change::error::{ChangeError, Result};
 use crate::change::lease::Leases;
+use crate::change::log::{self, Did, Tail};
 use crate::change::places::IntentName;
 use crate::change::record::{OperationId, Place, TreeId};
 use crate::progress::{Cancel, Pace};
@@ -59,6 +60,8 @@ pub struct Site<'a> {
     /// Operations that this process began since it recovered. Held while a number is looked for and announced:
     /// two operations of this process never take one.
     begun: Mutex<Vec<IntentName>>,
+    /// Where the stores' logs end, as this process left them.
+    tails: Mutex<BTreeMap<usize, Tail>>,
 }
 
 impl<'a> Site<'a> {
@@ -78,6 +81,7 @@ impl<'a> Site<'a> {
             remembered: Mutex::new(None),
             settled: Mutex::default(),
             begun: Mutex::default(),
+            tails: Mutex::default(),
         }
     }
 
@@ -95,6 +99,13 @@ impl<'a> Site<'a> {
     /// may be several in what has one tree's id, as a tree that loses its root may become several.
     pub(super) fn begun(&self) -> MutexGuard<'_, Vec<IntentName>> {
         self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends a line to the log of a store.
+    pub fn log(&self, store: usize, operation: &OperationId, verb: &str, did: Vec<Did>) -> Result<()> {
+        let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        let tail = tails.entry(store).or_default();
+        log::append(self.stores.get(store)?.backend(), tail, self.clock.wall_ns(), operation, verb, did)
     }
 
     /// A store's files.

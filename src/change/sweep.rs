@@ -12,6 +12,8 @@ use crate::change::site::Site;
 use crate::change::stub::stand_down;
 use crate::change::yard::{self, Yard};
 use crate::ids::StorePath;
+use crate::store::StoreError;
+use crate::store::manifest::shelf::Shelf;
 use crate::store::record::own;
 
 /// Temporaries of no known operation are left alone for this long, in nanoseconds, unless it is certain that
@@ -41,6 +43,26 @@ pub fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> 
     // It is over all the same; whoever sweeps next does the rest.
     let _ = yard::clear(site.stores);
     Ok(())
+}
+
+/// Removes manifests and leaf tables of files that no name stands for any more, if no operation is open on any store:
+/// one might bring an old file back. Gives how many went.
+pub fn manifests(site: &Site<'_>) -> Result<u64> {
+    for (_, store) in site.stores.iter() {
+        if !Journal::new(store.backend()).intents()?.is_empty() {
+            return Ok(0);
+        }
+    }
+    let mut removed = 0;
+    for (_, store) in site.stores.iter() {
+        let stat = |member: &StorePath| match store.backend().stat(member) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(BackendError::NotFound { .. }) => Ok(None),
+            Err(source) => Err(StoreError::backend(store, source)),
+        };
+        removed += Shelf::sweep(store, &stat)?;
+    }
+    Ok(removed)
 }
 
 /// Removes temporaries and kept files of operations that have ended, and what a killed process left of its

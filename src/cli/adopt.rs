@@ -8,6 +8,7 @@ use super::merges::start;
 use super::output::{self, Table, human};
 use super::{members, metrics, values};
 use crate::change::leaving::leaving;
+use crate::change::sweep;
 use crate::ops::OpError;
 use crate::ops::adopt::{Request, adopt};
 use crate::store::names::resolve_all;
@@ -58,6 +59,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         deadline: args.max_duration.and_then(|limit| std::time::Instant::now().checked_add(limit)),
     };
     let report = adopt(&stores, &scan, &request, context.progress(), &context.cancel, &site.pace)?;
+    sweep::manifests(&site).map_err(OpError::from)?;
     context.print(&report, |out| {
         let mut table = Table::new(&["MEMBER", "DIGEST", "VIEW", "LEAVES", ""], &[false, false, true, true, false]);
         for adopted in &report.adopted {

@@ -167,7 +167,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
                 consolidate::run(context, args)
             })
         }
-        Command::History(_) => history::run(&context()?),
+        Command::History(args) => history::run(&context()?, args),
         Command::Undo(args) => {
             metrics::run(context(), "undo", &args.metrics, true, |context| undo::run(context, args))
         }

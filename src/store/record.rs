@@ -15,7 +15,7 @@ pub const OWN_DIRECTORY: &str = ".qchain";
 pub const BESIDE_DIRECTORY: &str = ".qchain-tmp";
 /// The directories that `init` makes in it.
 pub const DIRECTORIES: &[&str] =
-    &["manifests", "leaves", "intents", "generations", "trash", "tmp", "locks", "jobs", "rows"];
+    &["manifests", "leaves", "intents", "generations", "trash", "tmp", "locks", "jobs", "rows", "log"];
 /// The largest `store.json` that is read, in bytes.
 pub const MAX_RECORD_BYTES: u64 = 1 << 20;
 

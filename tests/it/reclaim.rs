@@ -517,7 +517,7 @@ fn killed_anywhere_and_run_again_it_ends_the_same() {
 fn names(root: &Path) -> Vec<String> {
     let listed = must("find", &[text(root), "-type", "f", "-not", "-path", "*/.qchain/generations/*"]);
     let lasting = |line: &&str| {
-        ![".qchain/locks/", ".qchain/manifests/", ".qchain/generations/"]
+        ![".qchain/locks/", ".qchain/manifests/", ".qchain/generations/", ".qchain/log/"]
             .iter()
             .any(|part| line.contains(part))
     };

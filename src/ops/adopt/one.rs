@@ -5,7 +5,7 @@ use crate::backend::Stat;
 use crate::chain::graph::NodeId;
 use crate::digest::block_count;
 use crate::digest::view::view_digest;
-use crate::failure::{Code, Severity};
+use crate::failure::{Code, Failure as _, Severity};
 use crate::ids::Digest;
 use crate::ops::{OpError, Result};
 use crate::qcow2::Image;
@@ -56,8 +56,14 @@ impl Context<'_> {
             if let Ok(leaves) = LeafFile::open(store.backend().as_ref(), &manifest.leaves)
                 && manifest.quarantine.is_none()
             {
-                self.job.progress.advance(manifest.file.length);
-                return self.bind(id, manifest, parent, leaves, path);
+                match self.bind(id, manifest, parent.clone(), leaves, path) {
+                    // Blocks that it decides in part show what lies below: they are others now.
+                    Err(error) if error.code() == Code::ParentChanged && self.request.accept_changed => {}
+                    bound => {
+                        self.job.progress.advance(manifest.file.length);
+                        return bound;
+                    }
+                }
             }
         }
         let measured = self.measure(id, store)?;
@@ -113,7 +119,7 @@ impl Context<'_> {
         let key = &self.scan.graph.node(id).key;
         let name = self.stores.display(key);
         let digest = digest_over(&mut leaves, path).map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
-        if digest != manifest.view_digest && !self.request.accept_changed {
+        if digest != manifest.view_digest {
             let message = format!(
                 "under its parent of today its view digest is {digest}; it was {} when it was adopted",
                 manifest.view_digest

@@ -11,9 +11,10 @@ use crate::change::departure::{Departed, depart};
 use crate::change::publication::Published;
 use crate::change::record::{Commit, Departure as Leaves, Publication, Purpose};
 use crate::change::recover::{Action, Extent, finish};
+use crate::change::log::Did;
 use crate::change::{Decided, Grown, Guard, Operation, checkpoint, tree};
 use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
-use crate::failure::{Code, Failure};
+use crate::failure::{Code, Failure, with_causes};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::follow;
 use crate::ops::delete::merge::{Built, Known, build};
@@ -55,8 +56,37 @@ pub fn run(context: &Context<'_>, _guard: &Guard) -> Result<Report> {
         };
         index += 1;
         conclude(context, tree, changed, result, outcomes);
+        // It was done all the same; the log is for people.
+        if let Err(error) = write_log(context, changed, outcomes)
+            && let Some(outcome) = outcomes.first_mut()
+        {
+            outcome.note.get_or_insert_with(|| format!("it is not in the log: {}", with_causes(&error)));
+        }
     }
     Ok(Report { outcomes: trees.into_iter().flat_map(|(outcomes, _)| outcomes).collect() })
+}
+
+/// Writes down what was done to a tree, on the store that has its records.
+fn write_log(context: &Context<'_>, changed: &Changed<'_>, outcomes: &[Outcome]) -> Result<()> {
+    let name = |id: &NodeId| context.stores.display(&context.scan.graph.node(*id).key);
+    let did = outcomes.iter().map(|outcome| Did {
+        members: outcome.members.iter().map(name).collect(),
+        into: outcome.into.as_ref().map(name),
+        mode: outcome.mode.map(|mode| mode.word().to_owned()),
+        digest_before: outcome.view_digest,
+        digest_after: outcome.view_digest,
+        bytes_written: outcome.bytes_written + outcome.metadata_bytes_written,
+        bytes_cloned: outcome.bytes_cloned,
+        proved_bytes: [
+            outcome.planned_bytes + outcome.compared_bytes,
+            outcome.digest_bytes,
+            outcome.data_bytes,
+        ],
+        duration_ns: outcome.elapsed_ns,
+        error: outcome.error.as_ref().map(|error| error.code().as_str().to_owned()),
+    });
+    let verb = if changed.decided.commit().departures.is_empty() { "consolidate" } else { "delete" };
+    Ok(context.site.log(changed.decided.home(), changed.decided.id(), verb, did.collect())?)
 }
 
 fn run_tree<'s>(context: &Context<'s>, tree: &TreePlan) -> (Vec<Outcome>, Option<Changed<'s>>) {
@@ -463,7 +493,7 @@ fn again(error: &OpError) -> OpError {
         }
         error => {
             let member = error.member().unwrap_or_default().to_owned();
-            let message = crate::failure::with_causes(error);
+            let message = with_causes(error);
             match error.code() {
                 Code::Decided => OpError::Decided { kind: error.kind(), member, message },
                 code => OpError::Refused { code, member, message },

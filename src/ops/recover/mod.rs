@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::change::history::{Done, history as read_history};
 use crate::change::journal::Journal;
+use crate::change::log::{self, Did, Found};
 use crate::change::publication::{Published, stat};
 use crate::change::purge::held_bytes;
 use crate::change::record::{OperationId, Place, TreeId};
@@ -68,6 +69,7 @@ pub fn purge(site: &Site<'_>, everything: bool, witness: Witness) -> Result<Vec<
     let before = history(site)?.into_iter().map(|done| (done.operation.clone(), done));
     let mut before: BTreeMap<OperationId, Done> = before.collect();
     let recovered = all(site, Extent { purge_all: everything }, witness)?;
+    sweep::manifests(site)?;
     recovered
         .into_iter()
         .map(|recovered| {
@@ -182,7 +184,20 @@ pub fn undo(site: &Site<'_>, text: &str, witness: Witness) -> Result<Undone> {
         let reason = format!("the old file of {} is gone by now", site.at(member)?.name);
         return Err(stopped(ChangeError::NotUndoable { operation: done.operation.to_string(), reason }));
     }
+    let members = done.members.iter().map(|place| place.path.to_string()).collect();
+    let did = Did { members, mode: Some(done.operation.to_string()), ..Did::default() };
+    // It was done all the same; the log is for people.
+    let _ = site.log(undo.home(), undo.id(), "undo", vec![did]);
     Ok(Undone { done, operation: undo.id().clone(), action, left })
+}
+
+/// The logs of all stores, each line with whether it follows the one before.
+pub fn logs(site: &Site<'_>) -> Result<Vec<(usize, Found)>> {
+    let mut found = Vec::new();
+    for (index, store) in site.stores.iter() {
+        found.extend(log::read(store.backend())?.into_iter().map(|line| (index, line)));
+    }
+    Ok(found)
 }
 
 /// Lets a frozen tree be changed again; `text` is the operation that froze it, or the beginning of its id.

@@ -369,7 +369,7 @@ pub fn outside(root: &Path) -> Files {
 
 /// What lies in `.qchain` that an operation must not leave there.
 pub fn left_inside(root: &Path) -> Vec<String> {
-    let stays = ["generations/", "locks/", "manifests/", "store.json"];
+    let stays = ["generations/", "locks/", "log/", "manifests/", "leaves/", "store.json"];
     let own = root.join(".qchain");
     let names = super::store::files(&own);
     let names = names.iter().map(|path| text(path).to_owned());

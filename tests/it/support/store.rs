@@ -237,7 +237,7 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
 
 /// What of a store is no lasting record of qchain's: members, and whatever a change left lying about.
 pub fn left(root: &Path) -> Vec<String> {
-    let lasting = ["store.json", "locks/", "generations/", "manifests/", "leaves/"];
+    let lasting = ["store.json", "locks/", "generations/", "manifests/", "leaves/", "log/"];
     let record = |path: &String| {
         path.strip_prefix(".qchain/").is_some_and(|own| lasting.iter().any(|name| own.starts_with(name)))
     };
