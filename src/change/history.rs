@@ -35,6 +35,8 @@ pub struct Done {
     pub ended: bool,
     /// It was taken back.
     pub undone: bool,
+    /// It gave damaged members what they had lost.
+    pub repairs: bool,
 }
 
 /// All decided operations on all stores, oldest first.
@@ -99,6 +101,7 @@ fn done(
         undoes,
         members,
         survivors,
+        repairs: commit.repairs,
         undo_until,
         held_bytes,
         ended,

@@ -200,6 +200,9 @@ pub struct Commit {
     pub checkpoints: Vec<CheckpointEdit>,
     /// Names that go, in order.
     pub departures: Vec<Departure>,
+    /// The old files were damaged, and the new ones are not: they differ on purpose.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repairs: bool,
 }
 
 impl Commit {

@@ -279,6 +279,7 @@ fn reverse(
         publications,
         checkpoints,
         departures: Vec::new(),
+        repairs: false,
     })
 }
 

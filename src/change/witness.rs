@@ -43,7 +43,8 @@ impl Witness {
     ///
     /// If the comparison could not be made; nothing may be purged then.
     pub fn compare(self, site: &Site<'_>, decided: &Decided<'_>, published: &[Published]) -> Result<Verdict> {
-        if self == Self::None || decided.commit().purpose != Purpose::Delete {
+        let differs_on_purpose = decided.commit().purpose != Purpose::Delete || decided.commit().repairs;
+        if self == Self::None || differs_on_purpose {
             return Ok(Verdict::Same);
         }
         let options = ScanOptions { now_ns: 0, settle_ns: 0, caches: &[], progress: &Silent };

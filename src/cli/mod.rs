@@ -33,6 +33,7 @@ mod operations;
 mod output;
 mod purge;
 mod reclaim;
+mod repair;
 mod records_file;
 mod recover;
 mod settings;
@@ -111,6 +112,8 @@ enum Command {
     Adopt(adopt::Args),
     /// Check members for damage
     Verify(verify::Args),
+    /// Give a damaged member its bad blocks back, from any place that has them
+    Repair(repair::Args),
     /// Hold files against headers, checkpoint files, CloudStack's rows and the policy
     Audit(audit::Args),
     /// Delete members: merge each into its children, or remove a tip
@@ -176,6 +179,9 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         }
         Command::Recover(args) => {
             metrics::run(context(), "recover", &args.metrics, true, |context| recover::run(context, args))
+        }
+        Command::Repair(args) => {
+            metrics::run(context(), "repair", &args.metrics, !args.dry_run, |context| repair::run(context, args))
         }
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),

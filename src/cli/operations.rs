@@ -28,7 +28,7 @@ pub struct Row {
     /// Null if it cannot be undone, or not any more.
     pub undo_until: Option<String>,
     pub bytes_held: u64,
-    /// `delete`, `consolidate` or `undo`.
+    /// `delete`, `consolidate`, `repair` or `undo`.
     pub did: &'static str,
     /// The operation that it took back.
     pub undoes: Option<String>,
@@ -71,6 +71,7 @@ impl Row {
 fn did(done: &Done) -> &'static str {
     match (&done.undoes, done.members.is_empty()) {
         (Some(_), _) => "undo",
+        (None, true) if done.repairs => "repair",
         (None, true) => "consolidate",
         (None, false) => "delete",
     }

@@ -15,6 +15,7 @@ pub mod map;
 pub mod policy;
 pub mod reclaim;
 pub mod recover;
+pub mod repair;
 pub mod verify;
 
 pub use error::{OpError, Result};

@@ -183,7 +183,7 @@ impl Attestor {
         let chain =
             OpenChain::of(std::iter::once(new.clone()).chain(input.lower.images().cloned()).collect());
         let read = read_back(layout, new, alignment).map_err(image)?;
-        let job = Job { progress: &Silent, cancel, pace };
+        let job = Job { progress: &Silent, cancel, pace, tolerant: false };
         let data_bytes = self.compare(&chain, &read, &job)?;
         let sink = LeafSink::create(store.backend().as_ref(), size).map_err(leaves)?;
         let table = self.table(sink, new, size)?;

@@ -16,6 +16,7 @@
 pub mod attest;
 pub mod cache;
 pub mod chain;
+pub mod compare;
 pub mod digest;
 mod error;
 pub mod facts;

@@ -41,6 +41,7 @@ mod qcow2_read;
 mod qemu_readers;
 mod readers_meanwhile;
 mod reclaim;
+mod repair;
 mod simulation;
 mod ssvm_client;
 mod support;

@@ -110,7 +110,7 @@ pub fn adopt(
     };
     trees.sort_by_key(|tree| std::cmp::Reverse(newest(tree)));
     progress.phase("adopting", total);
-    let job = Job { progress, cancel, pace };
+    let job = Job { progress, cancel, pace, tolerant: false };
     let context = Context { stores, scan, shelves: &shelves, request, needed: &needed, job };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(request.jobs.max(rayon::current_num_threads())).build();
     let pool = pool.map_err(|error| StoreError::Usage { detail: format!("--jobs: {error}") })?;

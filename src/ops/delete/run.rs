@@ -323,6 +323,7 @@ fn commit(
         publications,
         checkpoints,
         departures,
+        repairs: false,
     })
 }
 

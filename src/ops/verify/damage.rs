@@ -6,6 +6,7 @@ use super::data::{leaves_failed, table};
 use super::Context;
 use crate::chain::graph::NodeId;
 use crate::digest::leaf;
+use crate::failure::{Code, Failure as _};
 use crate::digest::view::{Leaves, Says, Seen, walk};
 use crate::ops::Result;
 use crate::qcow2::{ExtentKind, Image};
@@ -154,8 +155,12 @@ pub(super) fn blame(chain: &OpenChain, tables: &mut [LeafFile], block: u64) -> R
         })
         .map_err(leaves_failed)?;
         let below = OpenChain::of(images.get(layer..).unwrap_or_default().to_vec());
-        below.read(GuestOffset(block * BLOCK_BYTES), &mut buffer)?;
-        if leaf(&buffer) != wanted {
+        let read = below.read(GuestOffset(block * BLOCK_BYTES), &mut buffer);
+        let unreadable = read.as_ref().is_err_and(|error| error.code() == Code::BadCompression);
+        if !unreadable {
+            read?;
+        }
+        if unreadable || leaf(&buffer) != wanted {
             return Ok(layer);
         }
     }

@@ -164,7 +164,7 @@ pub fn verify(
     let data = options.level == Level::Data;
     let shelves = if options.level == Level::Links { Vec::new() } else { Shelf::load_all(stores)? };
     let known = Mutex::default();
-    let context = Context { stores, scan, shelves: &shelves, options, job: Job { progress, cancel, pace }, known };
+    let context = Context { stores, scan, shelves: &shelves, options, job: Job { progress, cancel, pace, tolerant: true }, known };
     let mut by_member: HashMap<&str, Vec<&Finding>> = HashMap::new();
     for finding in &scan.findings {
         by_member.entry(&finding.member).or_default().push(finding);

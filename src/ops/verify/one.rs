@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 
-use super::data::Expected;
 use super::{Context, Level, Looked, Verdict, damage, data};
 use crate::chain::graph::NodeId;
 use crate::cloudstack::paths::SNAPSHOTS;
@@ -13,6 +12,7 @@ use crate::qcow2::ImageError;
 use crate::qcow2::check::{Limits, Report};
 use crate::qcow2::fingerprint::{Fingerprint, fingerprint};
 use crate::store::chain::{OpenChain, open_image};
+use crate::store::compare::{Expected, compare};
 use crate::store::manifest::shelf::Known;
 use crate::store::manifest::{Manifest, reads};
 use crate::store::record::StoreKind;
@@ -132,7 +132,7 @@ impl Context<'_> {
         let store = self.stores.get(member.key.store)?;
         let chain = OpenChain::of_member(self.stores, self.scan, id)?;
         let mut expected = if changed {
-            Expected::other(self, id)?
+            data::other(self, id)?
         } else {
             Expected::Same(data::table(self.stores, member.key.store, name, manifest)?)
         };
@@ -140,7 +140,7 @@ impl Context<'_> {
         let noted = reads::load(store.backend(), &member.key.path, member.stat.id.inode);
         let noted = noted.map_err(|source| StoreError::backend(store, source))?;
         let agenda = data::agenda(blocks, &noted, self.options);
-        let compared = data::compare(&chain, &mut expected, &agenda, self.options, &self.job)?;
+        let compared = compare(&chain, &mut expected, &agenda, self.options.deadline, &self.job)?;
         looked.bytes_read = compared.bytes;
         looked.view_proved = changed && compared.complete && compared.unknown == 0 && compared.bad.is_empty();
         looked.complete = compared.complete;

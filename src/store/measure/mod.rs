@@ -18,6 +18,7 @@ use rayon::prelude::*;
 pub use whole::WholeFile;
 
 use crate::digest::leaf;
+use crate::failure::{Code, Failure as _};
 use crate::ids::Digest;
 use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::{Image, ImageError};
@@ -46,7 +47,12 @@ pub struct Job<'a> {
     pub cancel: &'a Cancel,
     /// The limit on bytes a second.
     pub pace: &'a Pace,
+    /// Whether a block that cannot be decompressed has the leaf [`UNREADABLE`], and is no failure.
+    pub tolerant: bool,
 }
+
+/// The leaf of a block that cannot be read: no bytes are known to hash to that.
+pub const UNREADABLE: Digest = Digest([0xff; 32]);
 
 /// Neighbouring blocks that the member decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,7 +214,7 @@ fn read(
         let hashed: Vec<Vec<Digest>> = batch
             .par_iter()
             .with_max_len(1)
-            .map_init(Vec::new, |buffer, task| hash(chain, image, task, buffer))
+            .map_init(Vec::new, |buffer, task| hash(chain, image, task, buffer, job.tolerant))
             .collect::<Result<_>>()?;
         for (task, hashed) in batch.iter().zip(hashed) {
             place(leaves, task, &hashed);
@@ -224,12 +230,31 @@ fn place(leaves: &mut [Digest], task: &Task, hashed: &[Digest]) {
     }
 }
 
-fn hash(chain: &OpenChain, image: &Image, task: &Task, buffer: &mut Vec<u8>) -> Result<Vec<Digest>> {
+fn hash(
+    chain: &OpenChain,
+    image: &Image,
+    task: &Task,
+    buffer: &mut Vec<u8>,
+    tolerant: bool,
+) -> Result<Vec<Digest>> {
     buffer.resize(usize::try_from(task.bytes()).unwrap_or_default(), 0);
+    let start = GuestOffset(task.first * BLOCK_BYTES);
     match task.host {
         Some(host) => image.read_data(host, buffer)?,
         // Past the view's end it reads zeros, as its last block is padded.
-        None => chain.read(GuestOffset(task.first * BLOCK_BYTES), buffer)?,
+        None => match chain.read(start, buffer) {
+            Err(error) if tolerant && error.code() == Code::BadCompression => {
+                let blocks = buffer.chunks_mut(BLOCK_LENGTH).enumerate();
+                let each = |(index, block): (usize, &mut [u8])| {
+                    match chain.read(start.plus(index as u64 * BLOCK_BYTES), block) {
+                        Err(error) if error.code() == Code::BadCompression => Ok(UNREADABLE),
+                        read => read.map(|()| leaf(block)),
+                    }
+                };
+                return blocks.map(each).collect();
+            }
+            read => read?,
+        },
     }
     Ok(buffer.chunks(BLOCK_LENGTH).map(leaf).collect())
 }

@@ -60,7 +60,7 @@ impl WholeFile {
         if left.len() < BATCH_TASKS {
             let mut buffer = Vec::new();
             for task in &left {
-                let hashed = hash(chain, image, task, &mut buffer)?;
+                let hashed = hash(chain, image, task, &mut buffer, job.tolerant)?;
                 place(leaves, task, &hashed);
             }
             return Ok(());

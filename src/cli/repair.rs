@@ -1,0 +1,96 @@
+//! `qchain repair`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::context::Context;
+use super::error::{CliError, Exit, Result};
+use super::merges::{nanoseconds, start};
+use super::{metrics, stores, values};
+use crate::backend::Backend;
+use crate::backend::posix::PosixStore;
+use crate::ids::StorePath;
+use crate::ops::repair::{Request, Source, repair};
+use crate::store::names::resolve_one;
+use crate::store::StoreError;
+
+/// Flags of `repair`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The member
+    member: String,
+    /// Where good blocks may be: another store that has the member, a qcow2 image (a copy, a template, a volume), a raw image
+    #[arg(long, required = true, num_args = 1.., value_name = "STORE_OR_FILE")]
+    from: Vec<String>,
+    /// Say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How long the damaged file is kept for an undo [default: safety.retention]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    retention: Option<Duration>,
+    /// The most bytes that are copied a second [default: limits.rate]
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    rate: Option<u64>,
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    pub metrics: metrics::Args,
+}
+
+/// Repairs.
+pub fn run(context: &Context, args: &Args) -> Result<Exit> {
+    if !args.dry_run {
+        context.check_writable()?;
+    }
+    let stores = context.stores()?;
+    stores.check_writable()?;
+    let site = context.site(&stores);
+    site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
+    let guard = start(context, &site)?;
+    let scan = context.scan(&stores, true)?;
+    let target = resolve_one(&stores, &scan, &args.member)?;
+    let key = &scan.graph.node(target).key;
+    let sources = args.from.iter().map(|from| source(context, from, &key.path)).collect::<Result<_>>()?;
+    if !args.dry_run {
+        let plan = format!("repair {} from {}", stores.display(key), args.from.join(", "));
+        context.confirm(&plan, args.yes)?;
+    }
+    let retention_ns = nanoseconds(args.retention.unwrap_or(context.settings.safety.retention.0));
+    let request = Request { target, sources, dry_run: args.dry_run, retention_ns };
+    let report = repair(&site, &scan, &request, &guard, context.progress(), &context.cancel)?;
+    context.print(&report, |out| {
+        writeln!(out, "{}: {}: {} bad blocks", report.status, report.member, report.blocks)?;
+        if report.metadata {
+            writeln!(out, "  header and tables from a copy of the file")?;
+        }
+        for (from, blocks) in &report.from {
+            writeln!(out, "  {blocks} from {from}")?;
+        }
+        Ok(())
+    })?;
+    Ok(Exit::DONE)
+}
+
+/// Opens a place where good blocks may be.
+fn source(context: &Context, from: &str, member: &StorePath) -> Result<Source> {
+    let not_found = || StoreError::NotFound { name: from.to_owned() };
+    if from.contains("://") || Path::new(from).is_dir() {
+        let configs = stores::configured(&[from.to_owned()], &context.settings.stores)?;
+        let other = stores::open(configs)?;
+        let scan = context.scan(&other, true)?;
+        return Ok(Source::of_store(from, &other, &scan, member)?);
+    }
+    let absolute = std::path::absolute(from).map_err(|_| not_found())?;
+    let (Some(directory), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+        return Err(not_found().into());
+    };
+    let (Some(root), Some(name)) = (directory.to_str(), name.to_str()) else {
+        return Err(CliError::usage(format!("{from}: the path is not UTF-8")));
+    };
+    let file = StorePath::parse(name).map_err(|error| CliError::usage(error.to_string()))?;
+    let opened = PosixStore::open(directory).map_err(|_| not_found())?;
+    let backend: Arc<dyn Backend> = Arc::new(opened);
+    Ok(Source::of_file(from, &backend, root, &file)?)
+}
