@@ -166,7 +166,9 @@ fn judge(bytes: &[u8], number: u64, before: Option<(u64, Digest)>) -> std::resul
     match before {
         None if line.previous.is_none() => Ok(line),
         None => Err("what came before it is gone".to_owned()),
-        Some((last, _)) if last + 1 != number => Err(format!("lines {} to {} are gone", last + 1, number - 1)),
+        Some((last, _)) if last + 1 != number => {
+            Err(format!("lines {} to {} are gone", last + 1, number - 1))
+        }
         Some((_, digest)) if line.previous == Some(digest) => Ok(line),
         Some(_) => Err("it does not follow the line before, or that was changed".to_owned()),
     }
@@ -197,7 +199,12 @@ mod tests {
             append(&store, &mut tail, time, &OperationId::random(), "delete", Vec::new()).unwrap();
         }
         let wrong = || -> Vec<u64> {
-            read(&store).unwrap().into_iter().filter(|found| found.line.is_err()).map(|found| found.number).collect()
+            read(&store)
+                .unwrap()
+                .into_iter()
+                .filter(|found| found.line.is_err())
+                .map(|found| found.number)
+                .collect()
         };
         assert_eq!(read(&store).unwrap().len(), 4);
         assert!(wrong().is_empty());

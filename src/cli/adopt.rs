@@ -61,7 +61,8 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let report = adopt(&stores, &scan, &request, context.progress(), &context.cancel, &site.pace)?;
     sweep::manifests(&site).map_err(OpError::from)?;
     context.print(&report, |out| {
-        let mut table = Table::new(&["MEMBER", "DIGEST", "VIEW", "LEAVES", ""], &[false, false, true, true, false]);
+        let mut table =
+            Table::new(&["MEMBER", "DIGEST", "VIEW", "LEAVES", ""], &[false, false, true, true, false]);
         for adopted in &report.adopted {
             let digest = adopted.digest.to_string();
             let short = digest.get(..16).unwrap_or_default().to_owned();

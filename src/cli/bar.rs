@@ -17,7 +17,9 @@ impl Bar {
         }
         let bar = ProgressBar::new(0);
         // A template that does not parse leaves the crate's own style.
-        if let Ok(style) = ProgressStyle::with_template("{msg} [{wide_bar}] {percent:>3}% {elapsed}, {eta} left") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{msg} [{wide_bar}] {percent:>3}% {elapsed}, {eta} left")
+        {
             bar.set_style(style.progress_chars("=> "));
         }
         Self(Some(bar))

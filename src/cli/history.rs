@@ -100,8 +100,12 @@ fn show_log(context: &Context, site: &Site<'_>) -> Result<Exit> {
     context.print(&document, |out| {
         let mut table = Table::new(&["STORE", "LINE", "TIME", "DID", "MEMBERS", ""], &[false, true]);
         for line in &document.lines {
-            let members: Vec<&str> =
-                line.did.iter().flat_map(|did| did.into.iter().chain(&did.members)).map(String::as_str).collect();
+            let members: Vec<&str> = line
+                .did
+                .iter()
+                .flat_map(|did| did.into.iter().chain(&did.members))
+                .map(String::as_str)
+                .collect();
             table.row(vec![
                 line.store.clone(),
                 line.number.to_string(),

@@ -221,7 +221,8 @@ impl Shown<'_> {
 
     fn result_entry<'r>(&self, outcome: &'r Outcome) -> ResultEntry<'r> {
         let proved = outcome.planned_bytes + outcome.compared_bytes;
-        let plan = Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes, digest: None };
+        let plan =
+            Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes, digest: None };
         let digest = outcome.view_digest.map(|digest| Claim {
             name: "digest",
             bytes: outcome.digest_bytes,

@@ -33,9 +33,9 @@ mod operations;
 mod output;
 mod purge;
 mod reclaim;
-mod repair;
 mod records_file;
 mod recover;
+mod repair;
 mod settings;
 mod stores;
 mod undo;
@@ -180,9 +180,9 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Recover(args) => {
             metrics::run(context(), "recover", &args.metrics, true, |context| recover::run(context, args))
         }
-        Command::Repair(args) => {
-            metrics::run(context(), "repair", &args.metrics, !args.dry_run, |context| repair::run(context, args))
-        }
+        Command::Repair(args) => metrics::run(context(), "repair", &args.metrics, !args.dry_run, |context| {
+            repair::run(context, args)
+        }),
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
         Command::HoldLock(args) => lock_proof::hold(args),

@@ -12,8 +12,8 @@ use crate::backend::Backend;
 use crate::backend::posix::PosixStore;
 use crate::ids::StorePath;
 use crate::ops::repair::{Request, Source, repair};
-use crate::store::names::resolve_one;
 use crate::store::StoreError;
+use crate::store::names::resolve_one;
 
 /// Flags of `repair`.
 #[derive(Debug, clap::Args)]

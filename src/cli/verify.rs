@@ -127,7 +127,13 @@ struct DebtEntry<'a> {
     age_seconds: Option<u64>,
 }
 
-fn show_debt(context: &Context, stores: &Stores, scan: &Scan, chosen: &[NodeId], now_ns: i64) -> Result<Exit> {
+fn show_debt(
+    context: &Context,
+    stores: &Stores,
+    scan: &Scan,
+    chosen: &[NodeId],
+    now_ns: i64,
+) -> Result<Exit> {
     let debts: Vec<Debt> = debt(stores, scan, chosen, now_ns)?;
     let entries = debts.iter().map(|debt| DebtEntry {
         member: &debt.member,

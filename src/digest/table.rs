@@ -143,7 +143,10 @@ impl Shape {
         };
         let shape = Self { virtual_size, leaves, runs };
         let checksum: [u8; 32] = foot.get(24..56).and_then(|bytes| bytes.try_into().ok()).ok_or(fault)?;
-        if shape.length() != Some(length) || leaves > block_count(virtual_size) || runs > block_count(virtual_size) {
+        if shape.length() != Some(length)
+            || leaves > block_count(virtual_size)
+            || runs > block_count(virtual_size)
+        {
             return Err(fault);
         }
         Ok((shape, Digest(checksum)))
@@ -330,7 +333,8 @@ mod tests {
     #[test]
     fn runs_must_be_in_order_and_inside() {
         let run = |first, count, zero| BlockRun { first, count, zero };
-        let decode = |run: BlockRun, before: Option<&BlockRun>| BlockRun::decode(&run.encode(), 7, before, 100);
+        let decode =
+            |run: BlockRun, before: Option<&BlockRun>| BlockRun::decode(&run.encode(), 7, before, 100);
         assert_eq!(decode(run(3, 97, true), None), Ok(run(3, 97, true)));
         for (bad, before) in [
             (run(3, 98, false), None),

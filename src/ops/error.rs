@@ -155,7 +155,9 @@ fn refusal_kind(code: Code) -> Kind {
         | Code::Cycle
         | Code::OutsideName
         | Code::AmbiguousParent => Kind::Corrupt,
-        Code::DataDamaged | Code::MetadataDamaged | Code::ChangedSinceAdoption | Code::ParentChanged => Kind::Damage,
+        Code::DataDamaged | Code::MetadataDamaged | Code::ChangedSinceAdoption | Code::ParentChanged => {
+            Kind::Damage
+        }
         Code::NoSpace => Kind::NoSpace,
         Code::Io | Code::Unreachable => Kind::Io,
         Code::Cancelled => Kind::Cancelled,

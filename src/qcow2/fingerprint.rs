@@ -13,8 +13,8 @@ use crate::ids::Digest;
 use crate::qcow2::check::{Limits, Report, check_with};
 use crate::qcow2::error::Result;
 use crate::qcow2::format::{
-    AT_BACKING_LENGTH, AT_BACKING_OFFSET, AT_HEADER_LENGTH, AT_VERSION, EXTENSION_BACKING_FORMAT, EXTENSION_END,
-    EXTENSION_FEATURE_NAMES, EXTENSION_HEAD_BYTES, HEADER_V2_BYTES,
+    AT_BACKING_LENGTH, AT_BACKING_OFFSET, AT_HEADER_LENGTH, AT_VERSION, EXTENSION_BACKING_FORMAT,
+    EXTENSION_END, EXTENSION_FEATURE_NAMES, EXTENSION_HEAD_BYTES, HEADER_V2_BYTES,
 };
 use crate::qcow2::image::Image;
 
@@ -105,7 +105,9 @@ fn number(bytes: &[u8], at: usize) -> Option<u32> {
 fn canonical_header(start: &[u8], hasher: &mut blake3::Hasher) {
     let header_bytes = match number(start, AT_VERSION) {
         Some(2) => usize::try_from(HEADER_V2_BYTES).unwrap_or_default(),
-        _ => number(start, AT_HEADER_LENGTH).and_then(|length| usize::try_from(length).ok()).unwrap_or_default(),
+        _ => number(start, AT_HEADER_LENGTH)
+            .and_then(|length| usize::try_from(length).ok())
+            .unwrap_or_default(),
     };
     let header_bytes = header_bytes.min(start.len());
     let mut fixed = start.get(..header_bytes).unwrap_or_default().to_vec();

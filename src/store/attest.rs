@@ -93,8 +93,15 @@ impl Attestor {
     /// # Errors
     ///
     /// [`StoreError::Quarantined`] for a member that was found damaged, or whose metadata is not what it was.
-    pub fn open(stores: &Stores, scan: &Scan, shelves: &[Shelf], merge: &Merge, input: &MergeInput) -> Result<Knowledge> {
-        let upper: Vec<NodeId> = std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied()).collect();
+    pub fn open(
+        stores: &Stores,
+        scan: &Scan,
+        shelves: &[Shelf],
+        merge: &Merge,
+        input: &MergeInput,
+    ) -> Result<Knowledge> {
+        let upper: Vec<NodeId> =
+            std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied()).collect();
         let lower = match merge.new_parent {
             Some(parent) => {
                 let mut line = vec![parent];
@@ -175,25 +182,33 @@ impl Attestor {
             member: member.clone(),
             message: format!("the new file was thrown away: {detail}"),
         };
-        let (report, taken) = fingerprint(new, &Limits::default()).map_err(image)?;
-        if report.is_damaged() || report.incomplete {
-            return Err(failed("its structure is not sound".to_owned()));
-        }
         let size = new.header().virtual_size;
         let chain =
             OpenChain::of(std::iter::once(new.clone()).chain(input.lower.images().cloned()).collect());
         let read = read_back(layout, new, alignment).map_err(image)?;
         let job = Job { progress: &Silent, cancel, pace, tolerant: false };
-        let data_bytes = self.compare(&chain, &read, &job)?;
-        let sink = LeafSink::create(store.backend().as_ref(), size).map_err(leaves)?;
-        let table = self.table(sink, new, size)?;
+        let (taken, made) = rayon::join(
+            || fingerprint(new, &Limits::default()),
+            || {
+                let data_bytes = self.compare(&chain, &read, &job)?;
+                let sink = LeafSink::create(store.backend().as_ref(), size).map_err(leaves)?;
+                Ok::<_, StoreError>((data_bytes, self.table(sink, new, size)?))
+            },
+        );
+        let ((report, taken), (data_bytes, table)) = (taken.map_err(image)?, made?);
+        if report.is_damaged() || report.incomplete {
+            return Err(failed("its structure is not sound".to_owned()));
+        }
         let mut file = LeafFile::open(store.backend().as_ref(), &table).map_err(leaves)?;
         let lower = self.tables.len() - self.below.min(self.tables.len());
         let below = self.tables.iter_mut().skip(lower);
         let mut layers: Vec<&mut LeafFile> = std::iter::once(&mut file).chain(below).collect();
         let digest = view_digest(&mut layers).map_err(leaves)?;
         if digest != self.survivor.view_digest {
-            return Err(failed(format!("its view digest is {digest}, the survivor's {}", self.survivor.view_digest)));
+            return Err(failed(format!(
+                "its view digest is {digest}, the survivor's {}",
+                self.survivor.view_digest
+            )));
         }
         let stat = new.file().stat().map_err(|source| StoreError::backend(store, source))?;
         let manifest = Manifest {
@@ -209,9 +224,10 @@ impl Attestor {
             ..self.survivor.clone()
         };
         shelf::write_beside(store, &manifest)?;
-        let mut noted = self.oldest_ns.filter(|oldest| *oldest < i64::MAX).map_or_else(Reads::default, |oldest| {
-            Reads::whole(block_count(size), oldest)
-        });
+        let mut noted = self
+            .oldest_ns
+            .filter(|oldest| *oldest < i64::MAX)
+            .map_or_else(Reads::default, |oldest| Reads::whole(block_count(size), oldest));
         for range in &read {
             noted.mark(range.clone(), now_ns);
         }
@@ -371,9 +387,8 @@ enum Judged {
 
 /// Whether what is known of a member can be built on. The metadata of one that is merged (`image`) must be what it was.
 fn judge(known: &Known, image: Option<&Image>, name: &str) -> Result<Judged> {
-    let refused = |code: Code, message: String| {
-        Err(StoreError::Damaged { code, member: name.to_owned(), message })
-    };
+    let refused =
+        |code: Code, message: String| Err(StoreError::Damaged { code, member: name.to_owned(), message });
     let (manifest, changed) = match known {
         Known::Nothing => return Ok(Judged::Missing(format!("{name} is not adopted"))),
         Known::Damaged(_) => return Ok(Judged::Missing(format!("the manifest of {name} is damaged"))),

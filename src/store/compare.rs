@@ -80,7 +80,9 @@ pub fn compare(
         });
         measured.map_err(|failed| match failed {
             Failed::Store(error) => error,
-            Failed::Image(source) => StoreError::Image { member: source.member().unwrap_or_default().to_owned(), source },
+            Failed::Image(source) => {
+                StoreError::Image { member: source.member().unwrap_or_default().to_owned(), source }
+            }
         })?;
         for range in open {
             compare.passed_over(at.max(range.start)..range.end)?;

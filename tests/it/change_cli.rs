@@ -327,7 +327,9 @@ fn a_rehearsal_leaves_no_trace() {
     }
     assert!(!metrics.exists(), "no success that a monitor may rely on");
     let own = |path: &Path| {
-        ["generations", "locks", "manifests", "leaves", "log"].iter().any(|name| path.starts_with(world.own(name)))
+        ["generations", "locks", "manifests", "leaves", "log"]
+            .iter()
+            .any(|name| path.starts_with(world.own(name)))
     };
     let files = |listing: BTreeMap<PathBuf, (u64, u64, i64, i64)>| -> Vec<_> {
         listing.into_iter().filter(|(path, _)| path.is_file() && !own(path)).collect()

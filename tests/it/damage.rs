@@ -99,7 +99,9 @@ fn metadata(path: &Path) -> Vec<(u64, u64)> {
     let mut found = vec![(0, (word(8) + half(16)).max(112))];
     let (entries, l1) = (half(36), word(40));
     found.push((l1, entries * 8));
-    found.extend((0..entries).map(|index| word(l1 + index * 8) & mask).filter(|at| *at > 0).map(|at| (at, cluster)));
+    found.extend(
+        (0..entries).map(|index| word(l1 + index * 8) & mask).filter(|at| *at > 0).map(|at| (at, cluster)),
+    );
     let (table, clusters) = (word(48), half(56));
     found.push((table, clusters * cluster));
     let blocks = (0..clusters * cluster / 8).map(|index| word(table + index * 8) & mask).filter(|at| *at > 0);
@@ -158,10 +160,13 @@ fn data_that_rots_is_found_and_said_where() {
     for options in ["cluster_size=512", "cluster_size=64k", "cluster_size=2M,extended_l2=on"] {
         let store = Store::adopted(options);
         let mut numbers = Numbers(3);
-        for (name, guest, length) in [("base", 0, 300 << 10), ("a", 100 << 10, 60 << 10), ("b", 900 << 10, 64 << 10)] {
+        for (name, guest, length) in
+            [("base", 0, 300 << 10), ("a", 100 << 10, 60 << 10), ("b", 900 << 10, 64 << 10)]
+        {
             let path = store.member(name);
             let map: serde_json::Value =
-                serde_json::from_str(&must("qemu-img", &["map", "-U", "--output=json", text(&path)])).unwrap();
+                serde_json::from_str(&must("qemu-img", &["map", "-U", "--output=json", text(&path)]))
+                    .unwrap();
             for _ in 0..12 {
                 let at: u64 = guest + numbers.below(length);
                 let run = map.as_array().unwrap().iter().find(|run| {
@@ -175,11 +180,18 @@ fn data_that_rots_is_found_and_said_where() {
                 let (byte, change) = flip(bit);
                 rot(&path, byte, change, 1);
                 let report = verify(&store.root(), Level::Data);
-                assert_eq!(verdict(&report, name), Verdict::Damaged, "{options}, {name} at {at}: {report:#?}");
+                assert_eq!(
+                    verdict(&report, name),
+                    Verdict::Damaged,
+                    "{options}, {name} at {at}: {report:#?}"
+                );
                 let said = report.damage.iter().any(|damage| {
                     damage.member == name
                         && (damage.start..damage.start + damage.length).contains(&at)
-                        && damage.host.iter().any(|range| (range.offset..range.offset + range.length).contains(&host))
+                        && damage
+                            .host
+                            .iter()
+                            .any(|range| (range.offset..range.offset + range.length).contains(&host))
                 });
                 assert!(said, "{options}, {name} at {at}, host {host}: {report:#?}");
                 let (byte, change) = flip(bit);
@@ -200,7 +212,7 @@ fn the_snapshots_that_show_damage_are_named() {
     assert_eq!(report.damage.len(), 1, "{report:#?}");
     assert_eq!((report.damage[0].member.as_str(), report.damage[0].start), ("base", 0));
     assert_eq!(report.damage[0].dependents, ["a", "b"]);
-        for name in ["base", "a", "b"] {
+    for name in ["base", "a", "b"] {
         assert_eq!(verdict(&report, name), Verdict::Damaged);
     }
     // As long as nobody has read it anew.
@@ -228,7 +240,9 @@ fn coarse_damage_is_found() {
     // The last cluster holds 700 KiB's, the one before 640 KiB's or so: different data.
     let cluster = 65_536;
     let (one, two) = (end - cluster, end - 3 * cluster);
-    let at = |place: u64| good[usize::try_from(place).unwrap()..usize::try_from(place + cluster).unwrap()].to_vec();
+    let at = |place: u64| {
+        good[usize::try_from(place).unwrap()..usize::try_from(place + cluster).unwrap()].to_vec()
+    };
     let (first, second) = (at(one), at(two));
     assert_ne!(first, second);
     rot(&path, one, |bytes| bytes.copy_from_slice(&second), 65_536);
@@ -258,7 +272,8 @@ fn another_file_under_the_name_is_found() {
         assert!(again.findings.iter().any(|finding| finding.code == Code::ChangedSinceAdoption), "{again:?}");
         let before = left(&store.root());
         let refused = delete(&open(&store.root()), &["base"], ModeChoice::Copy);
-        let failure = refused.as_ref().map(|report| report.first_failure().map(qchain::failure::Failure::code));
+        let failure =
+            refused.as_ref().map(|report| report.first_failure().map(qchain::failure::Failure::code));
         assert_eq!(failure.unwrap(), Some(Code::Quarantined));
         assert_eq!(left(&store.root()), before);
         assert!(adopt(&store.root(), true).failure.is_none());

@@ -84,7 +84,10 @@ fn blocks_come_from_a_copy_of_the_chain_a_raw_image_or_a_template() {
         assert_eq!(places.verdict("b"), "damaged");
         let before = fs::read(places.world.member("a")).unwrap();
         let (exit, document) = places.world.run(&["repair", "b", "--from", text(&from), "--dry-run"]);
-        assert_eq!((exit, document["status"].as_str(), document["blocks"].as_u64()), (0, Some("repairable"), Some(2)));
+        assert_eq!(
+            (exit, document["status"].as_str(), document["blocks"].as_u64()),
+            (0, Some("repairable"), Some(2))
+        );
         assert_eq!(places.verdict("b"), "damaged", "a dry run changes nothing");
         let (exit, document) = places.repair("b", &from);
         assert_eq!((exit, document["status"].as_str()), (0, Some("repaired")), "{document}");
@@ -105,7 +108,10 @@ fn header_and_tables_come_from_a_copy_of_the_file() {
     let (exit, document) = places.repair("a", &places.truth("a"));
     assert_eq!((exit, document["error"]["code"].as_str()), (1, Some("metadata-damaged")), "{document}");
     let (exit, document) = places.repair("a", &places.elsewhere().join("snapshots/2/7/a"));
-    assert_eq!((exit, document["status"].as_str(), document["metadata"].as_bool()), (0, Some("repaired"), Some(true)));
+    assert_eq!(
+        (exit, document["status"].as_str(), document["metadata"].as_bool()),
+        (0, Some("repaired"), Some(true))
+    );
     places.is_whole();
     // A tail that is lost.
     let length = fs::metadata(places.world.member("a")).unwrap().len();
@@ -148,7 +154,10 @@ fn what_nobody_has_is_refused_and_nothing_changes() {
     let (exit, document) = places.repair("b", &places.truth("a"));
     assert_eq!((exit, document["error"]["code"].as_str()), (1, Some("data-damaged")), "{document}");
     assert_eq!(fs::read(places.world.member("b")).unwrap(), damaged);
-    assert_eq!(places.world.fails(&["repair", "b", "--from", "/nowhere", "--yes"]), (4, "not-found".to_owned()));
+    assert_eq!(
+        places.world.fails(&["repair", "b", "--from", "/nowhere", "--yes"]),
+        (4, "not-found".to_owned())
+    );
     assert_eq!(places.world.fails(&["repair", "nobody", "--from", "/dev/null", "--yes"]).0, 4);
     // An undo brings the damaged file back, and what is known of it.
     let (exit, document) = places.repair("b", &places.elsewhere());

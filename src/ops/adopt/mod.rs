@@ -22,9 +22,9 @@ use crate::failure::{Code, Failure, Kind, Severity, with_causes};
 use crate::ids::Digest;
 use crate::ops::{OpError, Result};
 use crate::progress::{Cancel, Pace, Progress};
+use crate::store::manifest::Manifest;
 use crate::store::manifest::leaves::LeafFile;
 use crate::store::manifest::shelf::{Known, Shelf};
-use crate::store::manifest::Manifest;
 use crate::store::measure::Job;
 use crate::store::scan::{Finding, Incoming, Scan};
 use crate::store::{StoreError, Stores};
@@ -112,13 +112,15 @@ pub fn adopt(
     progress.phase("adopting", total);
     let job = Job { progress, cancel, pace, tolerant: false };
     let context = Context { stores, scan, shelves: &shelves, request, needed: &needed, job };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(request.jobs.max(rayon::current_num_threads())).build();
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(request.jobs.max(rayon::current_num_threads())).build();
     let pool = pool.map_err(|error| StoreError::Usage { detail: format!("--jobs: {error}") })?;
     // In order, so many at a time: the newest first.
     let mut report = AdoptReport::default();
     for batch in trees.chunks(request.jobs.max(1)) {
-        let done: Vec<AdoptReport> =
-            pool.install(|| batch.par_iter().with_max_len(1).map(|tree| context.tree(tree)).collect::<Result<_>>())?;
+        let done: Vec<AdoptReport> = pool.install(|| {
+            batch.par_iter().with_max_len(1).map(|tree| context.tree(tree)).collect::<Result<_>>()
+        })?;
         for one in done {
             report.adopted.extend(one.adopted);
             report.findings.extend(one.findings);
@@ -154,9 +156,10 @@ impl Context<'_> {
     /// Adopts what is needed of one tree, parents first.
     fn tree(&self, members: &[NodeId]) -> Result<AdoptReport> {
         let mut report = AdoptReport::default();
-        let roots = members.iter().copied().filter(|id| {
-            self.scan.graph.parent(*id).is_none_or(|parent| !self.needed.contains(&parent))
-        });
+        let roots = members
+            .iter()
+            .copied()
+            .filter(|id| self.scan.graph.parent(*id).is_none_or(|parent| !self.needed.contains(&parent)));
         let mut open: Vec<NodeId> = roots.collect();
         open.reverse();
         let mut path: Vec<Step> = Vec::new();
@@ -191,7 +194,8 @@ impl Context<'_> {
         let Some(member) = self.scan.member(id) else { return Ok(None) };
         if let Some((code, message)) = self.unfit(id, path) {
             // What a run over everything passes by is told by `list`.
-            if self.request.named && self.request.targets.contains(&id) || code.severity() == Severity::Error {
+            if self.request.named && self.request.targets.contains(&id) || code.severity() == Severity::Error
+            {
                 note(report, &name, code, message);
             }
             return Ok(None);
@@ -239,7 +243,10 @@ impl Context<'_> {
             return Some((Code::Incoming, "it is one of CloudStack's own temporaries".to_owned()));
         }
         if member.stub {
-            return Some((Code::Leaving, "it is an empty image that keeps a deleted member's name".to_owned()));
+            return Some((
+                Code::Leaving,
+                "it is an empty image that keeps a deleted member's name".to_owned(),
+            ));
         }
         if self.request.leaving.contains(&id) {
             return Some((Code::Leaving, "it was deleted, and keeps its name for a while".to_owned()));

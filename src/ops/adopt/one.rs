@@ -69,7 +69,8 @@ impl Context<'_> {
         let measured = self.measure(id, store)?;
         let mut leaves = LeafFile::open(store.backend().as_ref(), &measured.table)
             .map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
-        let digest = digest_over(&mut leaves, path).map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
+        let digest = digest_over(&mut leaves, path)
+            .map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
         let before = match known {
             Known::Current(manifest) | Known::Changed(manifest) => Some(manifest),
             Known::Nothing | Known::Damaged(_) => None,
@@ -118,7 +119,8 @@ impl Context<'_> {
         }
         let key = &self.scan.graph.node(id).key;
         let name = self.stores.display(key);
-        let digest = digest_over(&mut leaves, path).map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
+        let digest = digest_over(&mut leaves, path)
+            .map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
         if digest != manifest.view_digest {
             let message = format!(
                 "under its parent of today its view digest is {digest}; it was {} when it was adopted",
@@ -126,7 +128,8 @@ impl Context<'_> {
             );
             return Err(OpError::Refused { code: Code::ParentChanged, member: name, message });
         }
-        let manifest = Manifest { parent, view_digest: digest, made_ns: self.request.now_ns, ..manifest.clone() };
+        let manifest =
+            Manifest { parent, view_digest: digest, made_ns: self.request.now_ns, ..manifest.clone() };
         self.write(self.stores.get(key.store)?, &manifest)?;
         Ok(Taken { manifest, leaves, new: true })
     }
@@ -150,9 +153,10 @@ impl Context<'_> {
         let (report, taken) = fingerprint(image, &Limits::default())?;
         if report.is_damaged() || report.incomplete {
             let first = report.findings.iter().find(|finding| finding.code.severity() == Severity::Error);
-            let (code, message) = first.map_or((Code::Unsupported, "it is too large to be checked".to_owned()), |first| {
-                (first.code, first.message.clone())
-            });
+            let (code, message) = first
+                .map_or((Code::Unsupported, "it is too large to be checked".to_owned()), |first| {
+                    (first.code, first.message.clone())
+                });
             return Err(OpError::Refused { code, member: name, message });
         }
         let size = image.header().virtual_size;
@@ -166,11 +170,19 @@ impl Context<'_> {
         })?;
         let named = store.backend().stat(&key.path).map_err(|source| StoreError::backend(store, source))?;
         let after = stat(image)?;
-        if FileMark::from(&after) != FileMark::from(&before) || FileMark::from(&named) != FileMark::from(&before) {
+        if FileMark::from(&after) != FileMark::from(&before)
+            || FileMark::from(&named) != FileMark::from(&before)
+        {
             return Err(changed());
         }
         let table = sink.finish(&stem(&key.path)).map_err(failed)?;
-        Ok(Measured { fingerprint: taken, table, file_blake3: whole.digest, stat: after, facts: image.header().into() })
+        Ok(Measured {
+            fingerprint: taken,
+            table,
+            file_blake3: whole.digest,
+            stat: after,
+            facts: image.header().into(),
+        })
     }
 
     /// Writes a manifest, and that all of it was just read.

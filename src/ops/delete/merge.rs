@@ -5,7 +5,7 @@ use crate::backend::Capabilities;
 use crate::chain::delete::Merge;
 use crate::chain::proof::Proof;
 use crate::change::record::{InPlace, Mark, Publication};
-use crate::change::{ChangeError, Operation};
+use crate::change::{ChangeError, Operation, Sealed};
 use crate::failure::{Code, Failure, with_causes};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::plan::{Entry, Mode};
@@ -13,12 +13,12 @@ use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
 use crate::qcow2::write::{Sources, Written, clonable, write};
 use crate::qcow2::{Image, ImageError};
-use crate::store::{Store, Stores};
 use crate::store::attest::{Attested, Attestor, Knowledge, Made};
 use crate::store::facts::Stamp;
 use crate::store::merge::MergeInput;
 use crate::store::prove::prove;
 use crate::store::scan::Scan;
+use crate::store::{Store, Stores};
 
 /// A merge that is ready to be decided.
 #[derive(Debug)]
@@ -58,7 +58,6 @@ pub fn build(
 ) -> Result<Built> {
     let (stores, scan) = (context.stores, context.scan);
     unchanged(stores, scan, merge, input)?;
-    let knowledge = Attestor::open(stores, scan, &context.plan.shelves, merge, input)?;
     let made;
     // The files are the ones that a kept layout was planned from, by their stamps; and the proof reads their maps.
     let layout = if let Some(planned) = &entry.layout {
@@ -76,32 +75,20 @@ pub fn build(
     }
     if entry.mode == Mode::InPlace {
         let alignment = capabilities.map_or(0, |can| can.clone_alignment);
+        let knowledge = Attestor::open(stores, scan, &context.plan.shelves, merge, input)?;
         let mut built = plan_in_place(context, operation, merge, input, layout, index, alignment)?;
         if !matches!(knowledge, Knowledge::Nothing) {
-            built.attested = Known::Lost("a merge in place writes after the decision; adopt it again".to_owned());
+            built.attested =
+                Known::Lost("a merge in place writes after the decision; adopt it again".to_owned());
         }
         return Ok(built);
     }
-    let images: Vec<Image> = input.upper.images().cloned().collect();
-    let Some(old) = images.first() else { return Err(changed(stores, scan, merge)) };
-    let failed = |error| change_error(stores, scan, merge, &error);
-    let staged = operation.stage(key, &format!("{index}.image"), old.file().as_ref()).map_err(failed)?;
-    reserve(layout, &staged, &alignment, &stores.display(key))?;
-    let below = |at, buffer: &mut [u8]| input.lower.read(at, buffer);
-    let sources = Sources {
-        layers: &images,
-        clone_alignment: &alignment,
-        below: &below,
-        progress: context.progress,
-        cancel: context.cancel,
-        pace: &context.site.pace,
-    };
-    let written = write(layout, staged.file(), &sources, input.upper.map())?;
-    let sealed = staged.seal(context.site).map_err(failed)?;
-    let name = stores.display(key);
-    let image = Image::open(sealed.file.clone(), &format!("the new file of {name}"))
-        .map_err(|error| proof_failed(&name, error))?;
-    let proof = prove(layout, input, &image, &name)?;
+    // What is known is looked up while the file is made: both wait for the store.
+    let (knowledge, file) = rayon::join(
+        || Attestor::open(stores, scan, &context.plan.shelves, merge, input),
+        || make(context, operation, merge, input, (layout, &alignment), index),
+    );
+    let (File { written, sealed, image, proof }, knowledge) = (file?, knowledge?);
     let made = Made {
         input,
         layout,
@@ -116,6 +103,48 @@ pub fn build(
     unchanged(stores, scan, merge, input)?;
     let allocated_bytes = sealed.allocated_bytes;
     Ok(Built { publication: sealed.publication, written, proof, allocated_bytes, attested })
+}
+
+/// A survivor's new file, sealed and proved.
+struct File {
+    written: Written,
+    sealed: Sealed,
+    image: Image,
+    proof: Proof,
+}
+
+/// Writes, seals and proves the survivor's new file.
+fn make(
+    context: &Context<'_>,
+    operation: &Operation<'_>,
+    merge: &Merge,
+    input: &MergeInput,
+    (layout, alignment): (&Layout, &[u64]),
+    index: usize,
+) -> Result<File> {
+    let (stores, scan) = (context.stores, context.scan);
+    let key = &scan.graph.node(merge.survivor).key;
+    let images: Vec<Image> = input.upper.images().cloned().collect();
+    let Some(old) = images.first() else { return Err(changed(stores, scan, merge)) };
+    let failed = |error| change_error(stores, scan, merge, &error);
+    let staged = operation.stage(key, &format!("{index}.image"), old.file().as_ref()).map_err(failed)?;
+    reserve(layout, &staged, alignment, &stores.display(key))?;
+    let below = |at, buffer: &mut [u8]| input.lower.read(at, buffer);
+    let sources = Sources {
+        layers: &images,
+        clone_alignment: alignment,
+        below: &below,
+        progress: context.progress,
+        cancel: context.cancel,
+        pace: &context.site.pace,
+    };
+    let written = write(layout, staged.file(), &sources, input.upper.map())?;
+    let sealed = staged.seal(context.site).map_err(failed)?;
+    let name = stores.display(key);
+    let image = Image::open(sealed.file.clone(), &format!("the new file of {name}"))
+        .map_err(|error| proof_failed(&name, error))?;
+    let proof = prove(layout, input, &image, &name)?;
+    Ok(File { written, sealed, image, proof })
 }
 
 /// Carries what is known of the members over to the new file.
@@ -202,7 +231,13 @@ fn plan_in_place(
         in_place: Some(plan),
     };
     let attested = Known::Nothing;
-    Ok(Built { publication, written: Written::default(), proof: Proof::default(), allocated_bytes: 0, attested })
+    Ok(Built {
+        publication,
+        written: Written::default(),
+        proof: Proof::default(),
+        allocated_bytes: 0,
+        attested,
+    })
 }
 
 /// The files that were opened are the ones that were planned with, and still have their names.

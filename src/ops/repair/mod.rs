@@ -95,7 +95,8 @@ pub fn repair(
 ) -> Result<RepairReport> {
     let work = Work::open(site, scan, request, progress, cancel)?;
     let base = work.base()?;
-    let chain = OpenChain::of(std::iter::once(base.image.clone()).chain(work.lower.iter().cloned()).collect());
+    let chain =
+        OpenChain::of(std::iter::once(base.image.clone()).chain(work.lower.iter().cloned()).collect());
     let bad = work.bad(&chain)?;
     let mut report = RepairReport {
         member: work.name.clone(),
@@ -116,7 +117,8 @@ pub fn repair(
     let key = &scan.graph.node(request.target).key;
     let root = scan.graph.node(tree::root(&scan.graph, request.target)).key.clone();
     let operation = Operation::begin(site, &root, vec![site.place(key)?])?;
-    let old = work.store.backend().open(&key.path).map_err(|source| StoreError::backend(work.store, source))?;
+    let old =
+        work.store.backend().open(&key.path).map_err(|source| StoreError::backend(work.store, source))?;
     let staged = operation.stage(key, "0.image", old.as_ref())?;
     copy(base.image.file(), staged.file()).map_err(|source| StoreError::backend(work.store, source))?;
     for block in bad {
@@ -195,7 +197,8 @@ impl<'a> Work<'a> {
         let key = &scan.graph.node(request.target).key;
         let store = stores.get(key.store)?;
         let name = stores.display(key);
-        let member = scan.member(request.target).ok_or_else(|| StoreError::NotFound { name: name.clone() })?;
+        let member =
+            scan.member(request.target).ok_or_else(|| StoreError::NotFound { name: name.clone() })?;
         let known = Shelf::load(store)?.find(store, &key.path, &member.stat)?;
         let (manifest, same) = match known {
             Known::Current(manifest) => (*manifest, true),
@@ -207,7 +210,9 @@ impl<'a> Work<'a> {
         };
         let own = open_image(stores, key).ok().filter(|image| {
             fingerprint(image, &Limits::default()).is_ok_and(|(report, taken)| {
-                !report.is_damaged() && is_right(&manifest, &taken) && (!same || taken.start == manifest.start_blake3)
+                !report.is_damaged()
+                    && is_right(&manifest, &taken)
+                    && (!same || taken.start == manifest.start_blake3)
             })
         });
         let lower = match &manifest.parent {
@@ -226,7 +231,7 @@ impl<'a> Work<'a> {
             }
         };
         progress.phase("repairing", 2 * member.stat.length);
-        let job = Job { progress, cancel, pace: &site.pace , tolerant: true };
+        let job = Job { progress, cancel, pace: &site.pace, tolerant: true };
         Ok(Self { store, name, manifest, lower, own, request, job })
     }
 
@@ -237,13 +242,18 @@ impl<'a> Work<'a> {
         }
         for image in self.request.sources.iter().filter_map(Source::image) {
             let taken = fingerprint(image, &Limits::default());
-            if taken.is_ok_and(|(_, taken)| is_right(&self.manifest, &taken) && taken.start == self.manifest.start_blake3)
-            {
+            if taken.is_ok_and(|(_, taken)| {
+                is_right(&self.manifest, &taken) && taken.start == self.manifest.start_blake3
+            }) {
                 return Ok(Base { image: image.clone(), foreign: true });
             }
         }
         let message = "its header or tables are damaged, and none of the sources is a copy of its very file";
-        Err(OpError::Refused { code: Code::MetadataDamaged, member: self.name.clone(), message: message.to_owned() })
+        Err(OpError::Refused {
+            code: Code::MetadataDamaged,
+            member: self.name.clone(),
+            message: message.to_owned(),
+        })
     }
 
     fn table(&self) -> Result<LeafFile> {
@@ -290,13 +300,15 @@ impl<'a> Work<'a> {
                 ExtentKind::Below | ExtentKind::Zero => {}
                 ExtentKind::Data { host } => {
                     let at = host.0 + (from - extent.start.0);
-                    let range = usize::try_from(from - start).unwrap_or(0)..usize::try_from(until - start).unwrap_or(0);
+                    let range = usize::try_from(from - start).unwrap_or(0)
+                        ..usize::try_from(until - start).unwrap_or(0);
                     to.write_at(at, bytes.get(range).unwrap_or_default()).map_err(failed)?;
                 }
                 ExtentKind::Compressed(cluster) => {
                     // Only the same stored bytes are the same in the file.
                     let twins = self.request.sources.iter().filter_map(Source::image);
-                    let twin = twins.filter(|twin| twin.file_length() >= image.file_length().min(cluster.host.0 + 1));
+                    let twin = twins
+                        .filter(|twin| twin.file_length() >= image.file_length().min(cluster.host.0 + 1));
                     let length = cluster.stored_bytes.min(image.file_length().saturating_sub(cluster.host.0));
                     let mut stored = vec![0; usize::try_from(length).unwrap_or_default()];
                     for twin in twin {
@@ -352,4 +364,3 @@ impl<'a> Work<'a> {
 fn is_right(manifest: &Manifest, taken: &Fingerprint) -> bool {
     taken.meta == manifest.meta_blake3
 }
-

@@ -75,7 +75,10 @@ impl Context<'_> {
             let known = self.known(id)?;
             let quarantine = known.manifest().and_then(|manifest| manifest.quarantine.as_ref());
             let tables = matches!(verdict, Some((Verdict::Damaged, _)));
-            let Some(blocks) = quarantine.map(|known| known.blocks.as_slice()).or(tables.then_some(&[])) else { continue };
+            let Some(blocks) = quarantine.map(|known| known.blocks.as_slice()).or(tables.then_some(&[]))
+            else {
+                continue;
+            };
             let whole = [Blocks { first: 0, count: u64::MAX }];
             for range in if blocks.is_empty() { &whole } else { blocks } {
                 for dependent in damage::dependents(self, id, *range)? {
@@ -109,7 +112,8 @@ impl Context<'_> {
                     return Ok(Bound::Other(format!("its parent {name} is not what it was adopted on")));
                 }
                 _ => {
-                    let message = format!("its parent {name} was changed since it was adopted; verify that, too");
+                    let message =
+                        format!("its parent {name} was changed since it was adopted; verify that, too");
                     return Ok(Bound::Unknown(Code::ChangedSinceAdoption, message));
                 }
             },
@@ -136,6 +140,9 @@ impl Context<'_> {
         if digest == manifest.view_digest {
             return Ok(Bound::Same);
         }
-        Ok(Bound::Other(format!("on its parent of today its view digest is {digest}; it was {}", manifest.view_digest)))
+        Ok(Bound::Other(format!(
+            "on its parent of today its view digest is {digest}; it was {}",
+            manifest.view_digest
+        )))
     }
 }

@@ -2,12 +2,12 @@
 
 use serde::Serialize;
 
-use super::data::{leaves_failed, table};
 use super::Context;
+use super::data::{leaves_failed, table};
 use crate::chain::graph::NodeId;
 use crate::digest::leaf;
-use crate::failure::{Code, Failure as _};
 use crate::digest::view::{Leaves, Says, Seen, walk};
+use crate::failure::{Code, Failure as _};
 use crate::ops::Result;
 use crate::qcow2::{ExtentKind, Image};
 use crate::store::chain::OpenChain;
@@ -70,7 +70,13 @@ pub(super) fn describe(
         let length = (range.count * BLOCK_BYTES).min(size.saturating_sub(start));
         let dependents = dependents(context, id, *range)?;
         let dependents = dependents.into_iter().map(|id| stores.display(&scan.graph.node(id).key)).collect();
-        damages.push(Damage { member: member.clone(), start, length, host: hosts(image, start, length)?, dependents });
+        damages.push(Damage {
+            member: member.clone(),
+            start,
+            length,
+            host: hosts(image, start, length)?,
+            dependents,
+        });
     }
     Ok(damages)
 }

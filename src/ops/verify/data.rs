@@ -28,7 +28,9 @@ pub(super) fn tables(context: &super::Context<'_>, line: &[NodeId]) -> Result<(V
     for member in line {
         let key = &context.scan.graph.node(*member).key;
         match context.known(*member)?.manifest() {
-            Some(manifest) => tables.push(table(context.stores, key.store, &context.stores.display(key), manifest)?),
+            Some(manifest) => {
+                tables.push(table(context.stores, key.store, &context.stores.display(key), manifest)?);
+            }
             None => return Ok((tables, false)),
         }
     }
@@ -105,7 +107,8 @@ fn sample(range: Range<u64>, fraction: f64, seed: u64) -> Vec<Range<u64>> {
         let unit = at / SAMPLE_BLOCKS;
         let end = range.end.min((unit + 1) * SAMPLE_BLOCKS);
         let hash = blake3::hash(&[unit.to_le_bytes(), seed.to_le_bytes()].concat());
-        let number = hash.as_bytes().iter().take(4).fold(0_u32, |number, byte| number << 8 | u32::from(*byte));
+        let number =
+            hash.as_bytes().iter().take(4).fold(0_u32, |number, byte| number << 8 | u32::from(*byte));
         if f64::from(number) < fraction * f64::from(u32::MAX) {
             match picked.last_mut() {
                 Some(last) if last.end == at => last.end = end,
@@ -116,7 +119,6 @@ fn sample(range: Range<u64>, fraction: f64, seed: u64) -> Vec<Range<u64>> {
     }
     picked
 }
-
 
 pub(super) fn leaves_failed(source: LeafError) -> OpError {
     StoreError::Leaves { member: String::new(), source }.into()

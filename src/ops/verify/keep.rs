@@ -33,14 +33,21 @@ pub struct Debt {
 }
 
 /// What is noted of one member.
-pub(super) fn debt_of(store: &Store, name: &str, member: &StorePath, known: &Known, now_ns: i64) -> Result<Debt> {
+pub(super) fn debt_of(
+    store: &Store,
+    name: &str,
+    member: &StorePath,
+    known: &Known,
+    now_ns: i64,
+) -> Result<Debt> {
     let mut oldest_ns = None;
     if let Some(manifest) = known.current() {
         let noted = reads::load(store.backend(), member, manifest.file.inode);
         let noted = noted.map_err(|source| StoreError::backend(store, source))?;
         oldest_ns = noted.oldest_ns(block_count(manifest.virtual_bytes));
     }
-    let age = oldest_ns.map(|oldest| u64::try_from(now_ns.saturating_sub(oldest)).unwrap_or(0) / 1_000_000_000);
+    let age =
+        oldest_ns.map(|oldest| u64::try_from(now_ns.saturating_sub(oldest)).unwrap_or(0) / 1_000_000_000);
     Ok(Debt { member: name.to_owned(), adopted: known.current().is_some(), oldest_ns, age_seconds: age })
 }
 
@@ -120,12 +127,14 @@ impl Context<'_> {
                     finding.member == name && error && !others
                 };
                 let Some(first) = looked.findings.iter().find(own) else { return Ok(()) };
-                let blocks = looked.damage.iter().filter(|damage| damage.member == name).map(|damage| Blocks {
-                    first: damage.start / BLOCK_BYTES,
-                    count: damage.length.div_ceil(BLOCK_BYTES),
+                let blocks = looked.damage.iter().filter(|damage| damage.member == name).map(|damage| {
+                    Blocks { first: damage.start / BLOCK_BYTES, count: damage.length.div_ceil(BLOCK_BYTES) }
                 });
                 Some(Quarantine {
-                    since_ns: manifest.quarantine.as_ref().map_or(self.options.now_ns, |known| known.since_ns),
+                    since_ns: manifest
+                        .quarantine
+                        .as_ref()
+                        .map_or(self.options.now_ns, |known| known.since_ns),
                     code: first.code.as_str().to_owned(),
                     message: first.message.clone(),
                     blocks: blocks.take(MAX_DAMAGED).collect(),

@@ -164,7 +164,14 @@ pub fn verify(
     let data = options.level == Level::Data;
     let shelves = if options.level == Level::Links { Vec::new() } else { Shelf::load_all(stores)? };
     let known = Mutex::default();
-    let context = Context { stores, scan, shelves: &shelves, options, job: Job { progress, cancel, pace, tolerant: true }, known };
+    let context = Context {
+        stores,
+        scan,
+        shelves: &shelves,
+        options,
+        job: Job { progress, cancel, pace, tolerant: true },
+        known,
+    };
     let mut by_member: HashMap<&str, Vec<&Finding>> = HashMap::new();
     for finding in &scan.findings {
         by_member.entry(&finding.member).or_default().push(finding);
@@ -217,7 +224,8 @@ pub fn debt(stores: &Stores, scan: &Scan, members: &[NodeId], now_ns: i64) -> Re
         .map(|id| {
             let key = &scan.graph.node(*id).key;
             let store = stores.get(key.store)?;
-            let member = scan.member(*id).ok_or_else(|| StoreError::NotFound { name: stores.display(key) })?;
+            let member =
+                scan.member(*id).ok_or_else(|| StoreError::NotFound { name: stores.display(key) })?;
             let known = match shelves.get(key.store) {
                 Some(manifests) => manifests.find(store, &key.path, &member.stat)?,
                 None => Known::Nothing,

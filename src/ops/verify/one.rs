@@ -62,8 +62,13 @@ impl Context<'_> {
             Known::Damaged(detail) => {
                 tell(Code::ManifestDamaged, &format!("its manifest cannot be read: {detail}"));
             }
-            Known::Current(manifest) if taken.meta != manifest.meta_blake3 || taken.start != manifest.start_blake3 => {
-                tell(Code::MetadataDamaged, "its header or tables changed, although nothing wrote to the file");
+            Known::Current(manifest)
+                if taken.meta != manifest.meta_blake3 || taken.start != manifest.start_blake3 =>
+            {
+                tell(
+                    Code::MetadataDamaged,
+                    "its header or tables changed, although nothing wrote to the file",
+                );
                 looked.verdict = Verdict::Damaged;
             }
             Known::Current(_) | Known::Nothing => {}
@@ -79,7 +84,10 @@ impl Context<'_> {
                 });
                 let same = named.as_ref().is_some_and(|named| *named == manifest.qcow2.backing);
                 if same && taken.start != manifest.start_blake3 {
-                    tell(Code::Rewritten, "its header was written anew; what it says of the image is the same");
+                    tell(
+                        Code::Rewritten,
+                        "its header was written anew; what it says of the image is the same",
+                    );
                 } else if !same {
                     let below = self.scan.graph.parent(id).map(|id| &self.scan.graph.node(id).key.path);
                     if below == manifest.parent.as_ref().map(|parent| &parent.member) {
@@ -93,7 +101,14 @@ impl Context<'_> {
     }
 
     /// Compares the bytes that the member decides with what is known of them.
-    fn data(&self, id: NodeId, name: &str, member: &Member, known: &Known, looked: &mut Looked) -> Result<()> {
+    fn data(
+        &self,
+        id: NodeId,
+        name: &str,
+        member: &Member,
+        known: &Known,
+        looked: &mut Looked,
+    ) -> Result<()> {
         let tell = |code: Code, message: String| Finding { member: name.to_owned(), code, message };
         let manifest = match known {
             Known::Current(manifest) | Known::Changed(manifest) => manifest,
@@ -151,8 +166,13 @@ impl Context<'_> {
             self.note_read(id, &compared.read, noted)?;
         }
         if chain.virtual_size() != manifest.virtual_bytes {
-            let message = format!("its view has {} bytes, and had {}", chain.virtual_size(), manifest.virtual_bytes);
-            looked.findings.push(Finding { member: name.to_owned(), code: Code::ChangedSinceAdoption, message });
+            let message =
+                format!("its view has {} bytes, and had {}", chain.virtual_size(), manifest.virtual_bytes);
+            looked.findings.push(Finding {
+                member: name.to_owned(),
+                code: Code::ChangedSinceAdoption,
+                message,
+            });
             looked.verdict = Verdict::Damaged;
         }
         if !compared.bad.is_empty() {
@@ -164,7 +184,8 @@ impl Context<'_> {
         {
             // Somebody wrote it anew: what it says is what it said.
             finding.code = Code::Rewritten;
-            "its file was written anew since it was adopted; its content is the same".clone_into(&mut finding.message);
+            "its file was written anew since it was adopted; its content is the same"
+                .clone_into(&mut finding.message);
             looked.verdict = Verdict::Sound;
         }
         Ok(())
@@ -188,7 +209,9 @@ impl Context<'_> {
             }
         }
         for (layer, blocks) in by_layer {
-            let Some((whose, image)) = line.get(layer).copied().zip(chain.images().nth(layer)) else { continue };
+            let Some((whose, image)) = line.get(layer).copied().zip(chain.images().nth(layer)) else {
+                continue;
+            };
             let ranges = damage::join(&blocks);
             let damages = damage::describe(self, whose, image, &ranges)?;
             let member = self.stores.display(&self.scan.graph.node(whose).key);
@@ -204,7 +227,8 @@ impl Context<'_> {
 
 /// The finding's sentence.
 fn words(first: &damage::Damage, blocks: usize, ranges: usize) -> String {
-    let mut text = format!("{blocks} blocks do not read as they did: {} bytes at {}", first.length, first.start);
+    let mut text =
+        format!("{blocks} blocks do not read as they did: {} bytes at {}", first.length, first.start);
     if let Some(host) = first.host.first() {
         let _ = write!(text, " (at {} in the file)", host.offset);
     }

@@ -6,8 +6,8 @@ use crate::backend::publish::{publish, temporary_in};
 use crate::backend::{Backend, BackendError, StoreFile};
 use crate::digest::block_count;
 use crate::digest::table::{
-    BlockRun, FOOT_BYTES, FOOT_LENGTH, HEAD_BYTES, HEAD_LENGTH, LEAF_BYTES, RUN_BYTES, RUN_LENGTH, Shape, TableFault,
-    TableWriter,
+    BlockRun, FOOT_BYTES, FOOT_LENGTH, HEAD_BYTES, HEAD_LENGTH, LEAF_BYTES, RUN_BYTES, RUN_LENGTH, Shape,
+    TableFault, TableWriter,
 };
 use crate::digest::view::{Leaves, Says, Stretch};
 use crate::ids::{Digest, StorePath};
@@ -189,7 +189,9 @@ impl LeafFile {
         file.read_at(0, &mut head).map_err(failed)?;
         file.read_at(length - FOOT_BYTES, &mut foot).map_err(failed)?;
         let (shape, _) = Shape::decode(length, &head, &foot).map_err(fault)?;
-        if (shape.leaves, shape.runs) != (mark.leaves, mark.runs) || hash(&*file, length).map_err(failed)? != mark.blake3 {
+        if (shape.leaves, shape.runs) != (mark.leaves, mark.runs)
+            || hash(&*file, length).map_err(failed)? != mark.blake3
+        {
             return Err(fault(TableFault::Checksum));
         }
         let (leaves, runs) = (Window::default(), Window::default());
@@ -215,7 +217,9 @@ impl LeafFile {
         let at = self.shape.runs_at() + self.cursor.next * RUN_BYTES;
         let end = self.shape.runs_at() + self.shape.runs * RUN_BYTES;
         let mut raw = [0; RUN_LENGTH];
-        self.runs.copy(&*self.file, at, end.min(at + RUNS_WINDOW), &mut raw).map_err(|source| self.failed(source))?;
+        self.runs
+            .copy(&*self.file, at, end.min(at + RUNS_WINDOW), &mut raw)
+            .map_err(|source| self.failed(source))?;
         let Cursor { next, run: before, leaves_before } = self.cursor;
         let run = BlockRun::decode(&raw, next, before.as_ref(), block_count(self.shape.virtual_size))
             .map_err(|source| LeafError::Fault { name: self.name.clone(), source })?;

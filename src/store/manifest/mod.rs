@@ -173,7 +173,8 @@ impl Manifest {
     pub fn encode(&self) -> Vec<u8> {
         let body = serde_json::value::to_raw_value(self).unwrap_or_default();
         let blake3 = Digest(*blake3::hash(body.get().as_bytes()).as_bytes());
-        let mut bytes = serde_json::to_vec(&Envelope { schema: SCHEMA, blake3, manifest: &body }).unwrap_or_default();
+        let mut bytes =
+            serde_json::to_vec(&Envelope { schema: SCHEMA, blake3, manifest: &body }).unwrap_or_default();
         bytes.push(b'\n');
         bytes
     }

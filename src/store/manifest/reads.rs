@@ -79,8 +79,11 @@ impl Reads {
                 [a, b] if a.end == b.first => a.read_ns.abs_diff(b.read_ns),
                 _ => u64::MAX,
             };
-            let closest = self.spans.windows(2).enumerate().min_by_key(|(_, pair)| gap(pair)).map(|(at, _)| at);
-            let Some((at, next)) = closest.and_then(|at| Some((at, self.spans.get(at + 1).copied()?))) else { return };
+            let closest =
+                self.spans.windows(2).enumerate().min_by_key(|(_, pair)| gap(pair)).map(|(at, _)| at);
+            let Some((at, next)) = closest.and_then(|at| Some((at, self.spans.get(at + 1).copied()?))) else {
+                return;
+            };
             if let Some(span) = self.spans.get_mut(at) {
                 // What lies between them was never read.
                 if span.end != next.first {
@@ -137,7 +140,11 @@ fn path(member: &StorePath, inode: u64) -> StorePath {
 }
 
 /// Reads what was noted of a file; nothing if it cannot be understood.
-pub fn load(backend: &std::sync::Arc<dyn Backend>, member: &StorePath, inode: u64) -> Result<Reads, BackendError> {
+pub fn load(
+    backend: &std::sync::Arc<dyn Backend>,
+    member: &StorePath,
+    inode: u64,
+) -> Result<Reads, BackendError> {
     match read_whole(backend, &path(member, inode), MAX_BYTES) {
         Ok(bytes) => {
             let reads: Option<Reads> = serde_json::from_slice(&bytes).ok();
@@ -154,7 +161,12 @@ pub fn load(backend: &std::sync::Arc<dyn Backend>, member: &StorePath, inode: u6
 }
 
 /// Writes it. Not durable; two who write at the same time leave one of both.
-pub fn save(backend: &dyn Backend, member: &StorePath, inode: u64, reads: &Reads) -> Result<(), BackendError> {
+pub fn save(
+    backend: &dyn Backend,
+    member: &StorePath,
+    inode: u64,
+    reads: &Reads,
+) -> Result<(), BackendError> {
     let reads = Reads { schema: SCHEMA, spans: reads.spans.clone() };
     let bytes = serde_json::to_vec(&reads).unwrap_or_default();
     let path = path(member, inode);

@@ -85,7 +85,9 @@ impl Shelf {
                 Some(Ok(manifest)) if manifest.file == FileMark::from(stat) => {
                     return Ok(Known::Current(Box::new(manifest)));
                 }
-                Some(Ok(manifest)) if latest.as_ref().is_none_or(|latest| latest.made_ns < manifest.made_ns) => {
+                Some(Ok(manifest))
+                    if latest.as_ref().is_none_or(|latest| latest.made_ns < manifest.made_ns) =>
+                {
                     latest = Some(manifest);
                 }
                 Some(Err(detail)) => damaged = Some(detail),
@@ -171,7 +173,11 @@ fn sweep_tables(
 }
 
 /// Reads the manifest of one file; the inner error says what is wrong with it.
-fn read(store: &Store, member: &StorePath, inode: u64) -> Result<Option<std::result::Result<Manifest, String>>> {
+fn read(
+    store: &Store,
+    member: &StorePath,
+    inode: u64,
+) -> Result<Option<std::result::Result<Manifest, String>>> {
     let found = read_named(store, &stem(member), inode)?;
     // Two names with one hash: none of ours.
     Ok(found.filter(|found| found.as_ref().map_or(true, |manifest| manifest.member == *member)))

@@ -150,7 +150,11 @@ pub struct Decided {
 /// The blocks of a range that an image decides. Reads tables only.
 pub fn decided(image: &Image, blocks: Range<u64>) -> Result<impl Iterator<Item = Decided> + use<>> {
     let list = pieces(image, blocks)?;
-    Ok(list.into_iter().map(|Piece { first, count, place }| Decided { first, count, whole: place != Place::Mixed }))
+    Ok(list.into_iter().map(|Piece { first, count, place }| Decided {
+        first,
+        count,
+        whole: place != Place::Mixed,
+    }))
 }
 
 /// Puts ranges together to slices, cutting long ones.
@@ -245,11 +249,11 @@ fn hash(
         None => match chain.read(start, buffer) {
             Err(error) if tolerant && error.code() == Code::BadCompression => {
                 let blocks = buffer.chunks_mut(BLOCK_LENGTH).enumerate();
-                let each = |(index, block): (usize, &mut [u8])| {
-                    match chain.read(start.plus(index as u64 * BLOCK_BYTES), block) {
-                        Err(error) if error.code() == Code::BadCompression => Ok(UNREADABLE),
-                        read => read.map(|()| leaf(block)),
-                    }
+                let each = |(index, block): (usize, &mut [u8])| match chain
+                    .read(start.plus(index as u64 * BLOCK_BYTES), block)
+                {
+                    Err(error) if error.code() == Code::BadCompression => Ok(UNREADABLE),
+                    read => read.map(|()| leaf(block)),
                 };
                 return blocks.map(each).collect();
             }
@@ -258,4 +262,3 @@ fn hash(
     }
     Ok(buffer.chunks(BLOCK_LENGTH).map(leaf).collect())
 }
-

@@ -74,7 +74,12 @@ impl WholeFile {
     }
 
     /// Gives the file window by window, each while the next one is read and it is hashed itself.
-    fn windows(&mut self, image: &Image, job: &Job<'_>, mut give: impl FnMut(u64, &[u8]) + Send) -> Result<()> {
+    fn windows(
+        &mut self,
+        image: &Image,
+        job: &Job<'_>,
+        mut give: impl FnMut(u64, &[u8]) + Send,
+    ) -> Result<()> {
         let length = image.file_length();
         let mut hasher = blake3::Hasher::new();
         let (mut held, mut next) = (Vec::new(), Vec::new());

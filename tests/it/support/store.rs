@@ -11,11 +11,11 @@ use qchain::backend::{Backend, Means};
 use qchain::change::leaving::leaving;
 use qchain::change::{Clock as _, Site, SystemClock};
 use qchain::ids::StoreId;
+use qchain::ops::adopt::AdoptReport;
 use qchain::ops::delete::{Aim, Context, ModeChoice, Plan, Report, Request, Terms, plan, run};
 use qchain::ops::recover::begin;
-use qchain::ops::{OpError, Result};
-use qchain::ops::adopt::AdoptReport;
 use qchain::ops::verify::{Level, Options, VerifyReport};
+use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Pace, Silent};
 use qchain::store::chain::OpenChain;
 use qchain::store::digest::view_digest;
@@ -159,7 +159,12 @@ pub fn delete_well(root: &Path, members: &[&str], mode: ModeChoice) -> Report {
 /// `qchain adopt --now`, of all members; each must be adopted.
 pub fn adopt_well(root: &Path) -> AdoptReport {
     let report = adopt(root, false);
-    assert!(report.failure.is_none() && report.findings.is_empty(), "{}: {:?}", root.display(), report.findings);
+    assert!(
+        report.failure.is_none() && report.findings.is_empty(),
+        "{}: {:?}",
+        root.display(),
+        report.findings
+    );
     report
 }
 
@@ -174,7 +179,8 @@ pub fn adopt(root: &Path, accept_changed: bool) -> AdoptReport {
         now_ns: SystemClock.wall_ns(),
         ..Default::default()
     };
-    qchain::ops::adopt::adopt(&stores, &scan, &request, &Silent, &Cancel::default(), &Pace::default()).unwrap()
+    qchain::ops::adopt::adopt(&stores, &scan, &request, &Silent, &Cancel::default(), &Pace::default())
+        .unwrap()
 }
 
 /// `qchain verify --level LEVEL`, of all members.
