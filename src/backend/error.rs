@@ -121,7 +121,11 @@ impl BackendError {
     /// Whether the store can only be read.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
+        match self {
+            Self::ReadOnly { .. } => true,
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::ReadOnlyFilesystem,
+            _ => false,
+        }
     }
 
     /// Whether the store lacks the operation (hard links, exchange, image locks, clones), so that another way

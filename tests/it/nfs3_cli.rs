@@ -90,6 +90,30 @@ fn littered() -> World {
     world
 }
 
+#[test]
+fn bytes_are_held_against_manifests_as_on_the_directory() {
+    let world = World::forked();
+    let server = Ganesha::start(&world.root());
+    assert_eq!(world.run(&["init"]).0, 0);
+    assert_eq!(world.run(&["adopt", "--now"]).0, 0);
+    let before = listing(&world.root().join(".qchain/manifests"));
+    let url = server.url("");
+    let (exit, out) = run(&url, world.directory.path(), &["verify", "--level", "data"]);
+    let document: Value = serde_json::from_slice(&out).unwrap();
+    let sound = document["checked"].as_array().unwrap().iter().all(|one| one["verdict"] == "sound");
+    assert!(exit == 0 && sound, "{document}");
+    assert_eq!(listing(&world.root().join(".qchain/manifests")), before, "an export is only read");
+    same(&world.root(), &url, &[&["verify"]], "sound");
+    let path = world.member("b");
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 100], 5 * 65_536 + 1000).unwrap();
+    file.set_modified(modified).unwrap();
+    let (exit, _) = run(&url, world.directory.path(), &["verify", "--level", "data"]);
+    assert_eq!(exit, 1);
+    same(&world.root(), &url, &[&["verify", "--level", "data"]], "damaged");
+}
+
 const READING: &[&[&str]] = &[
     &["list"],
     &["list", "b"],
