@@ -102,7 +102,7 @@ impl Reads {
     pub fn oldest_ns(&self, blocks: u64) -> Option<i64> {
         let mut covered = 0;
         let mut oldest = i64::MAX;
-        for span in &self.spans {
+        for span in self.spans.iter().filter(|span| span.first < blocks) {
             if span.first > covered {
                 return None;
             }
@@ -204,6 +204,13 @@ mod tests {
         assert_eq!(reads.by_age(110), [100..110, 90..100, 0..20, 30..90, 20..30]);
         assert_eq!(Reads::default().by_age(3), vec![0..3]);
         assert!(Reads::default().by_age(0).is_empty());
+    }
+
+    #[test]
+    fn what_lies_behind_the_view_does_not_count() {
+        let mut reads = Reads::whole(300, 1);
+        reads.mark(200..300, 0);
+        assert_eq!(reads.oldest_ns(200), Some(1));
     }
 
     #[test]
