@@ -343,3 +343,13 @@ fn a_merge_does_not_pass_damage_on() {
     assert_eq!(code(&["a"], ModeChoice::Copy), None);
     assert_clean(&store, "merged");
 }
+
+#[test]
+fn a_circle_of_backing_names_comes_to_an_end() {
+    let store = Store::adopted("cluster_size=4096");
+    must("qemu-img", &["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "b", text(&store.member("base"))]);
+    let report = verify(&store.root(), Level::Data);
+    let codes: Vec<Code> = report.findings.iter().map(|finding| finding.code).collect();
+    assert!(codes.contains(&Code::Cycle), "{report:#?}");
+    assert!(report.checked.iter().all(|checked| checked.verdict != Verdict::Sound), "{report:#?}");
+}

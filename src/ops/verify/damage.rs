@@ -1,5 +1,7 @@
 //! Where damage is, whose it is, and which snapshots show it.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::Context;
@@ -106,7 +108,7 @@ fn hosts(image: &Image, start: u64, length: u64) -> Result<Vec<HostRange>> {
 /// The members above that show any of these blocks of a member: all up to those whose own tables cover them.
 pub(super) fn dependents(context: &Context<'_>, id: NodeId, range: Blocks) -> Result<Vec<NodeId>> {
     let Context { stores, scan, .. } = context;
-    let mut found = Vec::new();
+    let mut found = BTreeSet::new();
     let mut open: Vec<NodeId> = scan.graph.children(id).to_vec();
     while let Some(child) = open.pop() {
         let key = &scan.graph.node(child).key;
@@ -118,13 +120,12 @@ pub(super) fn dependents(context: &Context<'_>, id: NodeId, range: Blocks) -> Re
             },
             None => true,
         };
-        if shows {
-            found.push(child);
+        // Members above a circle are met again and again.
+        if shows && child != id && found.insert(child) {
             open.extend(scan.graph.children(child));
         }
     }
-    found.sort_unstable();
-    Ok(found)
+    Ok(found.into_iter().collect())
 }
 
 /// Whether a table tells of every one of these blocks.
