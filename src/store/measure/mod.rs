@@ -21,7 +21,7 @@ use crate::digest::leaf;
 use crate::failure::{Code, Failure as _};
 use crate::ids::Digest;
 use crate::progress::{Cancel, Pace, Progress};
-use crate::qcow2::{Image, ImageError};
+use crate::qcow2::{ExtentKind, Image, ImageError};
 use crate::store::chain::OpenChain;
 use crate::units::{BLOCK_BYTES, GuestOffset, HostOffset};
 use pieces::{Piece, Place, pieces};
@@ -103,12 +103,15 @@ pub fn measure<E: From<ImageError>>(
     mut give: impl FnMut(Part<'_>) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
     let Some(image) = chain.images().next() else { return Ok(()) };
-    let slices = slices(ranges);
-    let one_slice = slices.len() <= 1;
-    for slice in &slices {
+    let mut slices = Slices { image, rest: ranges, at: 0 };
+    let mut next = slices.next()?;
+    let mut one_slice = true;
+    while let Some(slice) = next {
+        next = slices.next()?;
+        one_slice &= next.is_none();
         let mut list = Vec::new();
         for range in slice {
-            list.extend(pieces(image, range.clone())?);
+            list.extend(pieces(image, range)?);
         }
         let mut leaves = Vec::new();
         let mut tasks = tasks(&list, &mut leaves);
@@ -157,26 +160,50 @@ pub fn decided(image: &Image, blocks: Range<u64>) -> Result<impl Iterator<Item =
     }))
 }
 
-/// Puts ranges together to slices, cutting long ones.
-fn slices(ranges: &[Range<u64>]) -> Vec<Vec<Range<u64>>> {
-    let mut slices: Vec<Vec<Range<u64>>> = Vec::new();
-    let mut room = 0;
-    for range in ranges {
-        let mut at = range.start;
-        while at < range.end {
+/// Puts ranges together to slices, one at a time, cutting long ones and leaving out where the image decides nothing.
+struct Slices<'a> {
+    image: &'a Image,
+    rest: &'a [Range<u64>],
+    /// The first block that is not in a slice yet.
+    at: u64,
+}
+
+impl Slices<'_> {
+    fn next(&mut self) -> Result<Option<Vec<Range<u64>>>> {
+        let mut slice = Vec::new();
+        let mut room = SLICE_BLOCKS;
+        while let Some((range, rest)) = self.rest.split_first() {
+            let from = self.at.max(range.start);
+            // A disk of exabytes may hold nothing for a long way.
+            let at = if room == SLICE_BLOCKS { first_decided(self.image, from..range.end)? } else { from };
+            if at >= range.end {
+                self.rest = rest;
+                continue;
+            }
             if room == 0 {
-                slices.push(Vec::new());
-                room = SLICE_BLOCKS;
+                break;
             }
-            let end = range.end.min(at.saturating_add(room));
-            if let Some(slice) = slices.last_mut() {
-                slice.push(at..end);
-            }
-            room -= end - at;
-            at = end;
+            self.at = range.end.min(at.saturating_add(room));
+            room -= self.at - at;
+            slice.push(at..self.at);
+        }
+        Ok((!slice.is_empty()).then_some(slice))
+    }
+}
+
+/// The first block of a range that the image may decide; the range's end if none.
+fn first_decided(image: &Image, blocks: Range<u64>) -> Result<u64> {
+    let size = image.header().virtual_size;
+    for extent in image.extents(GuestOffset(blocks.start.saturating_mul(BLOCK_BYTES))) {
+        let extent = extent?;
+        // The block that the virtual end cuts is decided whatever it holds.
+        let end = if extent.kind == ExtentKind::Below { extent.end().0.min(size) } else { extent.start.0 };
+        let cut = end >= size && !size.is_multiple_of(BLOCK_BYTES);
+        if extent.kind != ExtentKind::Below || cut {
+            return Ok((end / BLOCK_BYTES).clamp(blocks.start, blocks.end));
         }
     }
-    slices
+    Ok(blocks.end)
 }
 
 /// Cuts pieces into tasks, at whole MiB of the file where they lie there, and makes room for their leaves.
