@@ -150,6 +150,12 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Reads at `offset` until `buffer` is full or the file ends; the count is short only at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize>;
 
+    /// Where the first bytes at or behind `offset` are that take space: `offset` if those there do, or if the store
+    /// cannot tell; `u64::MAX` if none do. What lies in between is a hole, and reads as zeros.
+    fn data_from(&self, offset: u64) -> Result<u64> {
+        Ok(offset)
+    }
+
     /// Writes all of `data` at `offset`, growing the file if need be; new bytes in between are zeros.
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()>;
 

@@ -37,6 +37,17 @@ pub fn decompress(
     Ok(cluster)
 }
 
+/// The least bytes that a compressed cluster can be stored in: deflate's longest match is 258 bytes in two bits; zstd has
+/// frames of 6 bytes and more with 4 for each block of at most 128 KiB.
+#[must_use]
+pub fn least_stored_bytes(kind: CompressionType, cluster_bits: ClusterBits) -> u64 {
+    let cluster = cluster_bits.bytes();
+    match kind {
+        CompressionType::Zlib => cluster.div_ceil(1032),
+        CompressionType::Zstd => 6 + 4 * cluster.div_ceil(128 << 10),
+    }
+}
+
 /// Compresses one cluster; `None` if that does not make it smaller.
 ///
 /// `level` is the compressor's own: 1 to 9 for zlib, 1 to 22 for zstd; a number outside is clamped.

@@ -24,6 +24,12 @@ const WINDOW_BYTES: u64 = 1 << 20;
 /// How many tables an image has at most: an L1 table of the largest size full of them, twice. 64 MiB of memory.
 const MAX_RANGES: usize = 4 << 20;
 
+/// How many tables a file may have that takes next to nothing of its store: each takes 512 bytes and more.
+const LEAST_RANGES: usize = 128 << 10;
+
+/// How many bytes of metadata may be holes.
+const MAX_HOLE_BYTES: u64 = 256 << 20;
+
 /// What an image's metadata is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
@@ -35,10 +41,17 @@ pub struct Fingerprint {
 
 /// Checks an image's structure and takes its fingerprint. Reads all metadata twice, no data. Memory: as
 /// [`check`](crate::qcow2::check::check()), 16 bytes a table, and a window of 1 MiB.
-pub fn fingerprint(image: &Image, limits: &Limits) -> Result<(Report, Fingerprint)> {
-    let mut ranges = Ranges::default();
-    let mut report = check_with(image, limits, &mut |range| ranges.push(range))?;
-    report.incomplete |= ranges.overflowed;
+///
+/// There is no fingerprint if the check was not complete, or if most of the metadata is no more than a hole.
+pub fn fingerprint(image: &Image, limits: &Limits) -> Result<(Report, Option<Fingerprint>)> {
+    let taken = image.allocated_bytes();
+    let room = usize::try_from(taken / 512).unwrap_or(usize::MAX).clamp(LEAST_RANGES, MAX_RANGES);
+    let mut ranges = Ranges { room, ..Ranges::default() };
+    let report = check_with(image, limits, &mut |range| ranges.push(range))?;
+    let bytes = ranges.list.iter().fold(0_u64, |sum, range| sum.saturating_add(range.end - range.start));
+    if report.incomplete || ranges.overflowed || bytes > taken.saturating_add(MAX_HOLE_BYTES) {
+        return Ok((report, None));
+    }
     let mut ranges = ranges.list;
     let cluster = image.header().cluster_bits.bytes();
     let mut start = vec![0; usize::try_from(cluster.min(image.file_length())).unwrap_or_default()];
@@ -55,22 +68,24 @@ pub fn fingerprint(image: &Image, limits: &Limits) -> Result<(Report, Fingerprin
         hash_range(image, from..to, &mut buffer, &mut hasher)?;
     }
     let meta = Digest(*hasher.finalize().as_bytes());
-    Ok((report, Fingerprint { meta, start: Digest(*blake3::hash(&start).as_bytes()) }))
+    Ok((report, Some(Fingerprint { meta, start: Digest(*blake3::hash(&start).as_bytes()) })))
 }
 
 /// Where metadata lies: more often told of than there are places, if the image is hostile.
 #[derive(Default)]
 struct Ranges {
     list: Vec<Range<u64>>,
+    /// How many are kept.
+    room: usize,
     overflowed: bool,
 }
 
 impl Ranges {
     fn push(&mut self, range: Range<u64>) {
-        if self.list.len() >= MAX_RANGES {
+        if self.list.len() >= self.room && !self.overflowed {
             self.list.sort_by_key(|range| (range.start, range.end));
             self.list.dedup();
-            self.overflowed |= self.list.len() > MAX_RANGES / 2;
+            self.overflowed |= self.list.len() > self.room / 2;
         }
         if !self.overflowed {
             self.list.push(range);

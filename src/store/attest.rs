@@ -196,9 +196,9 @@ impl Attestor {
             },
         );
         let ((report, taken), (data_bytes, table)) = (taken.map_err(image)?, made?);
-        if report.is_damaged() || report.incomplete {
+        let Some(taken) = taken.filter(|_| !report.is_damaged()) else {
             return Err(failed("its structure is not sound".to_owned()));
-        }
+        };
         let mut file = LeafFile::open(store.backend().as_ref(), &table).map_err(leaves)?;
         let lower = self.tables.len() - self.below.min(self.tables.len());
         let below = self.tables.iter_mut().skip(lower);
@@ -411,7 +411,7 @@ fn judge(known: &Known, image: Option<&Image>, name: &str) -> Result<Judged> {
     }
     let (_, taken) = fingerprint(image, &Limits::default())
         .map_err(|source| StoreError::Image { member: name.to_owned(), source })?;
-    if (taken.meta, taken.start) != (manifest.meta_blake3, manifest.start_blake3) {
+    if taken.map(|taken| (taken.meta, taken.start)) != Some((manifest.meta_blake3, manifest.start_blake3)) {
         let message = "its header or tables changed, although nothing wrote to the file";
         return refused(Code::MetadataDamaged, message.to_owned());
     }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{self, Advice, FallocateFlags};
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::{failed, identity, locks, moves, probe, stat_of};
 use crate::backend::error::{NO_FALLOCATE, NO_LOCKS};
@@ -118,6 +118,16 @@ impl StoreFile for PosixFile {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         read_full(&self.file, offset, buffer).map_err(|error| failed("read", &self.path, error))
+    }
+
+    fn data_from(&self, offset: u64) -> Result<u64> {
+        // The cursor that this moves is nobody's: all reading is by position.
+        match retry_on_intr(|| fs::seek(&self.file, fs::SeekFrom::Data(offset))) {
+            Ok(data) => Ok(data),
+            Err(Errno::NXIO) => Ok(u64::MAX),
+            // Not every file system has it.
+            Err(_) => Ok(offset),
+        }
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {

@@ -151,14 +151,14 @@ impl Context<'_> {
             return Err(changed());
         }
         let (report, taken) = fingerprint(image, &Limits::default())?;
-        if report.is_damaged() || report.incomplete {
+        let Some(taken) = taken.filter(|_| !report.is_damaged()) else {
             let first = report.findings.iter().find(|finding| finding.code.severity() == Severity::Error);
             let (code, message) = first
                 .map_or((Code::Unsupported, "it is too large to be checked".to_owned()), |first| {
                     (first.code, first.message.clone())
                 });
             return Err(OpError::Refused { code, member: name, message });
-        }
+        };
         let size = image.header().virtual_size;
         let failed = |source| OpError::from(StoreError::Leaves { member: name.clone(), source });
         let mut sink = LeafSink::create(store.backend().as_ref(), size).map_err(failed)?;

@@ -210,9 +210,10 @@ impl<'a> Work<'a> {
         };
         let own = open_image(stores, key).ok().filter(|image| {
             fingerprint(image, &Limits::default()).is_ok_and(|(report, taken)| {
-                !report.is_damaged()
-                    && is_right(&manifest, &taken)
-                    && (!same || taken.start == manifest.start_blake3)
+                let right = |taken: Fingerprint| {
+                    is_right(&manifest, &taken) && (!same || taken.start == manifest.start_blake3)
+                };
+                !report.is_damaged() && taken.is_some_and(right)
             })
         });
         let lower = match &manifest.parent {

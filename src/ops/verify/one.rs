@@ -268,7 +268,7 @@ fn structure(
     let mut tell = |code: Code, message: String| {
         findings.push(Finding { member: name.to_owned(), code, message });
     };
-    let (report, taken): (Report, Fingerprint) = match open_image(stores, &member.key) {
+    let (report, taken): (Report, Option<Fingerprint>) = match open_image(stores, &member.key) {
         Ok(image) => match fingerprint(&image, &Limits::default()) {
             Ok(found) => found,
             Err(source) if source.code() == Code::Unreachable => {
@@ -302,7 +302,7 @@ fn structure(
     if let (true, Some(code)) = (report.findings_omitted > 0, last) {
         tell(code, format!("and {} more findings", report.findings_omitted));
     }
-    Ok((verdict, (!report.incomplete).then_some(taken)))
+    Ok((verdict, taken))
 }
 
 /// An image that cannot be read is damaged; a store that cannot be read says nothing.

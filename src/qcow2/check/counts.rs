@@ -1,14 +1,23 @@
 //! How often each host cluster was referred to, and as what; sparse.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::failure::Code;
 
 /// Clusters of one piece.
 const PIECE: usize = 512;
 
-/// What one piece takes: a count of two bytes and a byte of uses for each cluster.
-const PIECE_BYTES: u64 = 3 * PIECE as u64;
+/// What one piece takes: a byte for each cluster.
+const PIECE_BYTES: u64 = PIECE as u64;
+
+/// What one count above [`FEW`] takes besides, with what a map needs for it.
+const MANY_BYTES: u64 = 64;
+
+/// The uses in a cluster's byte; the bits above are its count, if that is at most [`FEW`].
+const USES: u8 = 0x3f;
+const COUNT_SHIFT: u32 = 6;
+const FEW: u8 = 2;
 
 /// As what a cluster is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,41 +66,51 @@ impl Use {
     }
 }
 
-#[derive(Debug)]
-struct Piece {
-    counts: [u16; PIECE],
-    uses: [u8; PIECE],
-}
-
-/// The counters. Memory: 1.5 KiB for each 512 clusters of which one is used, up to the limit.
+/// The counters. Memory: half a KiB for each 512 clusters of which one is used, and 64 bytes for each cluster that is
+/// used more than twice, up to the limit.
 #[derive(Debug)]
 pub(super) struct Counts {
-    pieces: BTreeMap<u64, Box<Piece>>,
+    pieces: BTreeMap<u64, Box<[u8; PIECE]>>,
+    /// The counts that do not fit into a cluster's byte.
+    many: HashMap<u64, u16>,
+    /// In bytes.
     room: u64,
     overflowed: bool,
 }
 
 impl Counts {
     pub(super) fn new(limit_bytes: u64) -> Self {
-        Self { pieces: BTreeMap::new(), room: limit_bytes / PIECE_BYTES, overflowed: false }
+        Self { pieces: BTreeMap::new(), many: HashMap::new(), room: limit_bytes, overflowed: false }
     }
 
-    /// Counts a reference, up to 65,535; gives what is wrong with it.
-    pub(super) fn add(&mut self, cluster: u64, usage: Use) -> Option<Code> {
+    /// Counts `times` references, up to 65,535; gives what is wrong with them.
+    pub(super) fn add(&mut self, cluster: u64, times: u16, usage: Use) -> Option<Code> {
         let (key, slot) = place(cluster);
-        if !self.pieces.contains_key(&key) {
-            if self.pieces.len() as u64 >= self.room {
-                self.overflowed = true;
-                return None;
+        let piece = match self.pieces.entry(key) {
+            Entry::Occupied(piece) => piece.into_mut(),
+            Entry::Vacant(place) => {
+                self.overflowed |= self.room < PIECE_BYTES;
+                self.room = self.room.checked_sub(PIECE_BYTES)?;
+                place.insert(Box::new([0; PIECE]))
             }
-            self.pieces.insert(key, Box::new(Piece { counts: [0; PIECE], uses: [0; PIECE] }));
+        };
+        let cell = piece.get_mut(slot)?;
+        let uses = *cell & USES;
+        let before = *cell >> COUNT_SHIFT;
+        let after = u16::from(before).saturating_add(times);
+        if before <= FEW && after <= u16::from(FEW) {
+            *cell += u8::try_from(times).unwrap_or_default() << COUNT_SHIFT;
+        } else if before > FEW {
+            let many = self.many.get_mut(&cluster)?;
+            *many = many.saturating_add(times);
+        } else {
+            self.overflowed |= self.room < MANY_BYTES;
+            self.room = self.room.checked_sub(MANY_BYTES)?;
+            *cell |= !USES;
+            self.many.insert(cluster, after);
         }
-        let piece = self.pieces.get_mut(&key)?;
-        let (count, uses) = (piece.counts.get_mut(slot)?, piece.uses.get_mut(slot)?);
-        *count = count.saturating_add(1);
-        let conflict = usage.conflict(*uses);
-        *uses |= usage.bit();
-        conflict
+        *cell |= usage.bit();
+        usage.conflict(uses)
     }
 
     /// Whether some references did not fit.
@@ -102,14 +121,25 @@ impl Counts {
     /// References to a cluster; 65,535 stands for that and more.
     pub(super) fn count(&self, cluster: u64) -> u16 {
         let (key, slot) = place(cluster);
-        self.pieces.get(&key).and_then(|piece| piece.counts.get(slot)).copied().unwrap_or_default()
+        self.pieces
+            .get(&key)
+            .and_then(|piece| piece.get(slot))
+            .map_or(0, |cell| self.count_of(cluster, *cell))
+    }
+
+    fn count_of(&self, cluster: u64, cell: u8) -> u16 {
+        match cell >> COUNT_SHIFT {
+            few @ 0..=FEW => u16::from(few),
+            _ => self.many.get(&cluster).copied().unwrap_or_default(),
+        }
     }
 
     /// The clusters that are referred to, in order, with their counts.
     pub(super) fn all(&self) -> impl Iterator<Item = (u64, u16)> {
         self.pieces.iter().flat_map(|(key, piece)| {
             let first = key * PIECE as u64;
-            (first..).zip(piece.counts).filter(|(_, count)| *count > 0)
+            let used = (first..).zip(piece.iter()).filter(|(_, cell)| **cell > 0);
+            used.map(|(cluster, cell)| (cluster, self.count_of(cluster, *cell)))
         })
     }
 }

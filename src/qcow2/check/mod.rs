@@ -13,13 +13,14 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::failure::{Code, Severity};
 use crate::qcow2::error::Result;
 use crate::qcow2::format::MAX_HOST_OFFSET;
-use crate::qcow2::image::Image;
-use crate::units::{ClusterBits, HostOffset};
+use crate::qcow2::image::{Holes, Image};
+use crate::units::{ClusterBits, GuestOffset, HostOffset};
 use counts::{Counts, Use};
 use stored::Stored;
 
@@ -28,18 +29,28 @@ use stored::Stored;
 pub struct Limits {
     /// How many findings a report lists; the rest are only counted.
     pub findings: usize,
-    /// How much memory the counters may take: 3 bytes a host cluster that is referred to, in pieces of 512
-    /// clusters. What does not fit is not compared, and the report is `incomplete`.
+    /// How many errors there are before the check ends, `incomplete`.
+    pub errors: u64,
+    /// How much memory the counters may take: a byte a host cluster that is referred to, in pieces of 512
+    /// clusters. What does not fit is not compared, and the report is `incomplete`. Of a file that takes little of
+    /// its store they take no more than 16 MiB, or half of what the file takes.
     pub counter_bytes: u64,
-    /// How many bytes of L1, L2 and bitmap tables are read, a shared one each time; then the report is
-    /// `incomplete`.
+    /// How many bytes of L1, L2 and bitmap tables are read; then the report is `incomplete`. Holes are not read.
     pub table_bytes: u64,
 }
 
+/// The memory that counters may take of any file, in bytes: 1 TiB of clusters of 64 KiB.
+const LEAST_COUNTER_BYTES: u64 = 16 << 20;
+
+/// How many clusters may be referred to in any file. Each reference is 8 bytes of some table, so a file that takes
+/// more of its store may have more; one that refers to more than that refers to the same over and over.
+const LEAST_REFERENCES: u64 = 4 << 20;
+
 impl Default for Limits {
-    /// 100 findings, 256 MiB of counters (5 TiB of densely used file at 64 KiB clusters), 16 GiB of tables.
+    /// 100 findings, 10,000 errors, 256 MiB of counters (16 TiB of densely used file at 64 KiB clusters), 16 GiB of
+    /// tables.
     fn default() -> Self {
-        Self { findings: 100, counter_bytes: 256 << 20, table_bytes: 16 << 30 }
+        Self { findings: 100, errors: 10_000, counter_bytes: 256 << 20, table_bytes: 16 << 30 }
     }
 }
 
@@ -97,13 +108,17 @@ pub fn check(image: &Image, limits: &Limits) -> Result<Report> {
 /// twice is told of twice.
 pub fn check_with(image: &Image, limits: &Limits, metadata: &mut dyn FnMut(Range<u64>)) -> Result<Report> {
     let header = image.header();
+    let taken = image.allocated_bytes();
     let mut check = Check {
         image,
         limits,
         bits: header.cluster_bits,
-        counts: Counts::new(limits.counter_bytes),
+        counts: Counts::new(limits.counter_bytes.min((taken / 2).max(LEAST_COUNTER_BYTES))),
         stored: Stored::read(image)?,
+        holes: Holes::default(),
+        snapshot_tables: BTreeMap::new(),
         table_bytes: limits.table_bytes,
+        references: (taken / 4).saturating_add(LEAST_REFERENCES),
         metadata,
         blocks_apart: true,
         report: Report { dirty: header.dirty, ..Report::default() },
@@ -131,8 +146,13 @@ struct Check<'a> {
     bits: ClusterBits,
     counts: Counts,
     stored: Stored<'a>,
-    /// What may still be read of tables.
+    holes: Holes,
+    /// The L2 tables of snapshots that are still to be walked: how many refer to each, and for which guest offset.
+    snapshot_tables: BTreeMap<HostOffset, (u16, GuestOffset)>,
+    /// What may still be read of tables, in bytes.
     table_bytes: u64,
+    /// How many clusters may still be referred to.
+    references: u64,
     /// Told of where metadata lies.
     metadata: &'a mut dyn FnMut(Range<u64>),
     /// No refcount block lies on something else.
@@ -163,6 +183,13 @@ impl Check<'_> {
         }
     }
 
+    /// Whether to go no further: there are errors enough, or more references than any file of its size needs.
+    fn over(&mut self) -> bool {
+        let over = self.report.errors >= self.limits.errors || self.references == 0;
+        self.report.incomplete |= over;
+        over
+    }
+
     /// Takes `bytes` of what may still be read; `false`, and the report incomplete, if it is used up.
     fn may_read(&mut self, bytes: u64) -> bool {
         let rest = self.table_bytes.checked_sub(bytes);
@@ -172,10 +199,15 @@ impl Check<'_> {
     }
 
     /// Counts one reference to each cluster of `[host, host + bytes)`.
+    fn refer(&mut self, what: &str, host: HostOffset, bytes: u64, usage: Use) -> Place {
+        self.refer_times(what, host, bytes, 1, usage)
+    }
+
+    /// Counts `times` references to each cluster of `[host, host + bytes)`.
     ///
     /// A range that ends a cluster or more behind the file's end is reported and not counted (QEMU's rule:
     /// the last cluster of a file may be cut).
-    fn refer(&mut self, what: &str, host: HostOffset, bytes: u64, usage: Use) -> Place {
+    fn refer_times(&mut self, what: &str, host: HostOffset, bytes: u64, times: u16, usage: Use) -> Place {
         if bytes == 0 {
             return Place::Free;
         }
@@ -193,7 +225,11 @@ impl Check<'_> {
         let last = (end - 1) >> self.bits.bits();
         let mut place = Place::Free;
         for cluster in first..=last {
-            if let Some(code) = self.counts.add(cluster, usage) {
+            if self.over() {
+                return Place::Taken;
+            }
+            self.references = self.references.saturating_sub(1);
+            if let Some(code) = self.counts.add(cluster, times, usage) {
                 place = Place::Taken;
                 let at = HostOffset(cluster << self.bits.bits());
                 self.found(code, at, || format!("{what} at {host} lies where something else does"));
@@ -205,6 +241,9 @@ impl Check<'_> {
     fn refcount_blocks(&mut self) {
         let table = self.image.header().refcount_table_offset;
         for index in 0..self.stored.blocks() {
+            if self.over() {
+                return;
+            }
             match self.stored.block(index) {
                 Ok(None) => {}
                 Ok(Some(host)) => {
@@ -221,6 +260,9 @@ impl Check<'_> {
     /// Compares what was counted with what is stored, in both directions.
     fn compare(&mut self, counts: &Counts) -> Result<()> {
         for (cluster, count) in counts.all() {
+            if self.over() {
+                return Ok(());
+            }
             let stored = self.stored.get(cluster)?;
             if stored < u64::from(count) {
                 self.too_low(cluster, stored, count);

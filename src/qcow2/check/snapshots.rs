@@ -28,6 +28,9 @@ impl Check<'_> {
         let mut length: u64 = 0;
         for index in 0..self.image.header().snapshot_count {
             // Entries begin at multiples of 8.
+            if self.over() {
+                return Ok(());
+            }
             let at = length.next_multiple_of(8);
             let mut entry = [0; SNAPSHOT_BYTES];
             self.image.read_data(start.plus(at), &mut entry)?;
@@ -41,7 +44,7 @@ impl Check<'_> {
                 self.found(Code::HugeTable, start.plus(at), || {
                     format!("snapshot {index} makes its table longer than QEMU allows")
                 });
-                return Ok(());
+                return self.kept_tables();
             }
             if self.bits.within(l1_offset) != 0 || l1_offset >= MAX_HOST_OFFSET {
                 self.found(Code::BadEntry, start.plus(at), || {
@@ -56,7 +59,7 @@ impl Check<'_> {
             }
         }
         self.refer("the snapshot table", start, length, Use::Metadata);
-        Ok(())
+        self.kept_tables()
     }
 
     /// Counts the bitmap directory, each bitmap's table, and its data.
@@ -68,6 +71,9 @@ impl Check<'_> {
         }
         let mut at: u64 = 0;
         for index in 0..bitmaps.count {
+            if self.over() {
+                return Ok(());
+            }
             let mut entry = [0; BITMAP_BYTES];
             self.image.read_data(start.plus(at), &mut entry)?;
             let table = word(&entry, 0).unwrap_or_default();
@@ -90,13 +96,15 @@ impl Check<'_> {
 
     fn bitmap_table(&mut self, host: HostOffset, entries: u64) -> Result<()> {
         let bytes = entries * BITMAP_ENTRY_BYTES;
-        if !self.may_read(bytes)
-            || self.refer("a bitmap's table", host, bytes, Use::Metadata) == Place::Outside
-        {
+        let place = self.refer("a bitmap's table", host, bytes, Use::Metadata);
+        if place != Place::Free || self.holes.absent(self.image, host, bytes)? || !self.may_read(bytes) {
             return Ok(());
         }
         let mut window = Window::new(DEFAULT_WINDOW_BYTES);
         for index in 0..entries {
+            if self.over() {
+                return Ok(());
+            }
             let offset = index * BITMAP_ENTRY_BYTES;
             let raw = word(window.from(self.image, host, bytes, offset)?, 0).unwrap_or_default();
             let data = HostOffset(raw & BITMAP_ENTRY_OFFSET_MASK);

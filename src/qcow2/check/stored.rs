@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::qcow2::error::Result;
 use crate::qcow2::format::{MAX_HOST_OFFSET, REFCOUNT_OFFSET_MASK, REFCOUNT_RESERVED_MASK};
-use crate::qcow2::image::Image;
+use crate::qcow2::image::{Holes, Image};
 use crate::qcow2::refcount::RefcountWidth;
 use crate::qcow2::tables::word;
 use crate::units::{ClusterBits, HostOffset};
@@ -24,6 +24,7 @@ pub(in crate::qcow2) struct Stored<'a> {
     width: RefcountWidth,
     table: Vec<u8>,
     pages: HashMap<u64, Vec<u8>>,
+    holes: Holes,
 }
 
 impl<'a> Stored<'a> {
@@ -39,6 +40,7 @@ impl<'a> Stored<'a> {
             width: RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT),
             table,
             pages: HashMap::new(),
+            holes: Holes::default(),
         })
     }
 
@@ -74,13 +76,20 @@ impl<'a> Stored<'a> {
                 at = (at / per_block + 1).saturating_mul(per_block);
                 continue;
             }
+            let block_end = (at / per_block + 1).saturating_mul(per_block);
             let page_end = (at / per_page + 1).saturating_mul(per_page);
             if self.page(at)?.is_some_and(|page| page.iter().any(|byte| *byte != 0)) {
                 return Ok(Some(at..page_end.min(end)));
             }
-            at = page_end;
+            at = if self.is_hole(at / per_block) { block_end } else { page_end };
         }
         Ok(None)
+    }
+
+    /// Whether a block is known to be a hole as a whole.
+    fn is_hole(&self, index: u64) -> bool {
+        let block = self.block(index).ok().flatten();
+        block.is_some_and(|host| self.holes.is_known(&(host.0..host.0.saturating_add(self.bits.bytes()))))
     }
 
     fn page_bytes(&self) -> u64 {
@@ -91,7 +100,7 @@ impl<'a> Stored<'a> {
         self.width.entries_in(self.page_bytes())
     }
 
-    /// The page that a cluster's count is in.
+    /// The page that a cluster's count is in; `None` if all of it is 0 for want of one.
     fn page(&mut self, cluster: u64) -> Result<Option<&[u8]>> {
         let per_block = self.width.entries_per_block(self.bits);
         let Ok(Some(host)) = self.block(cluster / per_block) else { return Ok(None) };
@@ -100,8 +109,11 @@ impl<'a> Stored<'a> {
             if self.pages.len() >= PAGES {
                 self.pages.clear();
             }
-            let mut page = vec![0; usize::try_from(self.page_bytes()).unwrap_or_default()];
             let offset = cluster % per_block / self.entries_per_page() * self.page_bytes();
+            if self.holes.absent(self.image, host.plus(offset), self.page_bytes())? {
+                return Ok(None);
+            }
+            let mut page = vec![0; usize::try_from(self.page_bytes()).unwrap_or_default()];
             self.image.read_data(host.plus(offset), &mut page)?;
             self.pages.insert(key, page);
         }

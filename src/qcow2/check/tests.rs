@@ -156,6 +156,60 @@ fn limits_make_a_report_incomplete() {
     assert!(check(&far, &limits).unwrap().incomplete);
 }
 
+#[test]
+fn enough_errors_end_the_check() {
+    let mut draft = sound();
+    for index in 10..40 {
+        draft.put(4 * K64 + 8 * index, 2);
+    }
+    let report = check(&draft.open(), &Limits { errors: 12, ..Limits::default() }).unwrap();
+    assert_eq!((report.errors, report.incomplete), (12, true));
+    assert!(!check(&draft.open(), &Limits::default()).unwrap().incomplete);
+}
+
+#[test]
+fn one_stream_behind_many_entries_is_shared() {
+    // A cluster has room for 1,024 streams of 64 bytes, if each is a cluster of one byte's repetitions.
+    for (entries, shared) in [(1000, false), (1100, true)] {
+        let mut draft = sound();
+        for index in 0..entries {
+            draft.put(4 * K64 + 8 * (10 + index), f::ENTRY_COMPRESSED | (7 * K64));
+        }
+        draft.put32(f::AT_L1_ENTRIES, 1);
+        draft.put(f::AT_VIRTUAL_SIZE as u64, 8192 * K64);
+        draft.put_refcount(7, u16::MAX);
+        let codes = codes(&draft);
+        assert_eq!(codes.contains(&Code::SharedCluster), shared, "{entries}: {codes:?}");
+    }
+}
+
+#[test]
+fn snapshots_count_what_they_share_once_for_each() {
+    let mut draft = sound();
+    let table = 8 * K64;
+    draft.put32(f::AT_SNAPSHOT_COUNT, 3);
+    draft.put(f::AT_SNAPSHOTS_OFFSET as u64, table);
+    for index in 0..3 {
+        // An L1 table of one entry in a cluster of its own.
+        let (at, l1) = (table + 40 * index, (9 + index) * K64);
+        draft.put(at, l1);
+        draft.put(at + 8, 1 << 32);
+        draft.put(l1, 4 * K64);
+        draft.put_refcount(9 + index, 1);
+    }
+    draft.put_refcount(8, 1);
+    for (cluster, count) in [(4, 4), (5, 4), (6, 4), (7, 8)] {
+        draft.put_refcount(cluster, count);
+    }
+    draft.put_l1(0, 4 * K64);
+    draft.put(4 * K64, 5 * K64);
+    draft.put(4 * K64 + 8, (6 * K64) | 1);
+    draft.put(12 * K64 - 8, 0);
+    assert_eq!(codes(&draft), []);
+    draft.put_refcount(5, 3);
+    assert_eq!(codes(&draft), [Code::RefcountTooLow]);
+}
+
 proptest! {
     #[test]
     fn hostile_images_end(
@@ -174,7 +228,7 @@ proptest! {
             };
             draft.put(512 + at / 8 * 8, word);
         }
-        let limits = Limits { findings: 5, counter_bytes: 1 << 20, table_bytes: 1 << 20 };
+        let limits = Limits { findings: 5, counter_bytes: 1 << 20, table_bytes: 1 << 20, ..Limits::default() };
         let report = check(&draft.open(), &limits).unwrap();
         prop_assert!(report.findings.len() <= 5);
     }

@@ -1,8 +1,9 @@
 //! One image's allocation as an iterator of maximal runs.
 
 use crate::failure::Code;
+use crate::qcow2::compressed::least_stored_bytes;
 use crate::qcow2::error::{ImageError, Result};
-use crate::qcow2::image::{Image, Window};
+use crate::qcow2::image::{Holes, Image, Window};
 use crate::qcow2::map::{CompressedCluster, Extent, ExtentKind};
 use crate::qcow2::tables::{EntryFormat, L1_ENTRY_BYTES, L1Entry, L2Entry, Subcluster, Subclusters, word};
 use crate::units::{GuestOffset, HostOffset};
@@ -20,6 +21,7 @@ pub struct Extents {
     at: u64,
     l1: Window,
     l2: Window,
+    holes: Holes,
     /// The L2 table in use: the L1 index it belongs to, and where it lies.
     table: Option<(u64, Option<HostOffset>)>,
     held: Option<Extent>,
@@ -27,6 +29,8 @@ pub struct Extents {
     /// Bytes of tables and of data within the file that were referred to.
     tables_seen: u64,
     data_seen: u64,
+    /// The least that the compressed clusters take which were referred to, in bytes.
+    streams_seen: u64,
 }
 
 impl Extents {
@@ -37,11 +41,13 @@ impl Extents {
             at: from.0,
             l1: Window::new(window_bytes),
             l2: Window::new(window_bytes),
+            holes: Holes::default(),
             table: None,
             held: None,
             failed: None,
             tables_seen: 0,
             data_seen: 0,
+            streams_seen: 0,
         }
     }
 
@@ -53,6 +59,7 @@ impl Extents {
         self.failed = None;
         self.tables_seen = 0;
         self.data_seen = 0;
+        self.streams_seen = 0;
     }
 
     /// What is at `self.at`, up to the end of that subcluster run, cluster or L2 table's range.
@@ -107,7 +114,9 @@ impl Extents {
                 }
                 self.tables_seen = self.tables_seen.saturating_add(self.format.cluster_bits.bytes());
                 self.within_file(self.tables_seen, "L2 tables")?;
-                Some(host)
+                // A table of zeros is as good as none.
+                let absent = self.holes.absent(&self.image, host, self.format.cluster_bits.bytes())?;
+                (!absent).then_some(host)
             }
             Err(fault) => return Err(self.fail(Code::BadEntry, &format!("the L1 entry {raw:#018x} {fault}"))),
         };
@@ -153,13 +162,18 @@ impl Extents {
         Extent { start, length: length.min(room), kind }
     }
 
-    /// Counts a piece of data within the file.
+    /// Counts a piece of data within the file, and the least that a compressed cluster takes.
     fn account(&mut self, piece: &Extent) -> Result<()> {
         if let ExtentKind::Data { host } = piece.kind
             && host.0 < self.image.file_length()
         {
             self.data_seen = self.data_seen.saturating_add(piece.length);
             self.within_file(self.data_seen, "data clusters")?;
+        }
+        if let ExtentKind::Compressed(_) = piece.kind {
+            let least = least_stored_bytes(self.image.header().compression, self.format.cluster_bits);
+            self.streams_seen = self.streams_seen.saturating_add(least);
+            self.within_file(self.streams_seen, "compressed clusters")?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! An open image: a file, its header, windows of its tables.
 
 mod extents;
+mod holes;
 #[cfg(test)]
 pub(crate) mod testing;
 mod window;
@@ -8,9 +9,10 @@ mod window;
 use std::sync::Arc;
 
 pub use extents::Extents;
+pub(in crate::qcow2) use holes::Holes;
 pub(crate) use window::Window;
 
-use crate::backend::{BackendError, StoreFile, read_padded};
+use crate::backend::{BackendError, Stat, StoreFile, read_padded};
 use crate::failure::Code;
 use crate::qcow2::compressed::decompress;
 use crate::qcow2::error::{ImageError, Result};
@@ -35,6 +37,7 @@ pub struct Image {
     name: Arc<str>,
     header: Arc<Header>,
     file_length: u64,
+    allocated_bytes: u64,
 }
 
 impl Image {
@@ -59,7 +62,7 @@ impl Image {
             change(&mut bytes);
             Ok(bytes)
         };
-        let file_length = file.stat().map_err(failed)?.length;
+        let Stat { length: file_length, allocated_bytes, .. } = file.stat().map_err(failed)?;
         let first = start(file_length.min(FIRST_READ_BYTES))?;
         let header = if let Some(header) = parse_prefix(name, file_length, &first)? {
             header
@@ -67,7 +70,7 @@ impl Image {
             let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
             Header::parse(name, file_length, &start(whole)?)?
         };
-        Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length })
+        Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length, allocated_bytes })
     }
 
     /// The same image as if its file ended at `length` bytes, if it is longer: for one that was grown.
@@ -99,6 +102,17 @@ impl Image {
     #[must_use]
     pub fn file_length(&self) -> u64 {
         self.file_length
+    }
+
+    /// What the file took on its store when it was opened, in bytes: much less than its length if it is sparse.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> u64 {
+        self.allocated_bytes
+    }
+
+    /// Where the first bytes at or behind `offset` are that may be something else than zeros.
+    pub(crate) fn data_from(&self, offset: u64) -> Result<u64> {
+        self.file.data_from(offset).map_err(|source| self.store_error(source))
     }
 
     /// The image's allocation of `[from, virtual_size)`, in order, without gaps, in maximal runs (a
