@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it, never run. Gives:
 #   need COMMAND...               install the Debian packages of those commands that are missing
+#   need_blake3                   PyPI's blake3 for python3
 #   need_rust [COMPONENT...]      cargo, a linker for it, and components of the toolchain
 #   loop_mount FS IMAGE SIZE DIR  make a file system in a sparse file and mount it
 #   can_loop_mount                whether that can work here
@@ -73,6 +74,7 @@ package_of() {
         losetup | findmnt | flock | setpriv | fallocate | unshare | nsenter) echo util-linux ;;
         python3) echo python3 ;;
         cc) echo gcc libc6-dev ;;
+        c++) echo g++ ;;
         git) echo git ;;
         strace) echo strace ;;
         # Without the service that the whole server comes with.
@@ -122,6 +124,15 @@ need() {
     for command in "$@"; do
         command -v "$command" >/dev/null || die "$command is still missing; install it by hand"
     done
+}
+
+need_blake3() {
+    local options=()
+    python3 -c 'import blake3' 2>/dev/null && return
+    python3 -m pip --version >/dev/null 2>&1 || install_packages python3-pip
+    # Where the system's own packages are kept apart from PyPI's.
+    python3 -m pip install --help | grep --quiet -- --break-system-packages && options=(--break-system-packages)
+    quietly python3 -m pip install --quiet "${options[@]}" blake3
 }
 
 need_rust() {

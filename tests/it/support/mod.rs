@@ -8,6 +8,7 @@ pub mod digest;
 pub mod disk;
 pub mod forked;
 pub mod grounds;
+pub mod hostile;
 pub mod images;
 pub mod killing;
 pub mod later;
