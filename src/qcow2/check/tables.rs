@@ -92,6 +92,9 @@ impl Check<'_> {
         let usage = if active { Use::ActiveData } else { Use::SnapshotData };
         let mut window = Window::new(DEFAULT_WINDOW_BYTES);
         for index in 0..format.entries_per_table() {
+            if self.over() {
+                return Ok(());
+            }
             let offset = index * format.entry_bytes();
             let words = window.from(self.image, table, bytes, offset)?;
             let raw = word(words, 0).unwrap_or_default();

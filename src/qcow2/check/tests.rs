@@ -152,7 +152,7 @@ fn limits_make_a_report_incomplete() {
     assert_eq!(report.leaked_clusters, 0, "what was not walked is no leak");
     draft.put(4 * K64 + 40, 1000 * K64);
     let far = open(draft.bytes.clone(), 2000 * K64).unwrap();
-    let limits = Limits { counter_bytes: 1536, ..Limits::default() };
+    let limits = Limits { counter_bytes: 512, ..Limits::default() };
     assert!(check(&far, &limits).unwrap().incomplete);
 }
 
