@@ -222,8 +222,20 @@ fn no_path_outside_the_store_is_opened() {
         let call: Vec<&str> = call.iter().map(String::as_str).collect();
         let cache = format!("XDG_CACHE_HOME={}", text(&corpus.cache()));
         // The exit code is the program's, which refuses most of them.
-        let mut arguments =
-            vec!["-f", "-qq", "-s", "4096", "-e", "trace=%file,%network", "-o", text(&log), "env", "-u", "LD_LIBRARY_PATH", &cache];
+        let mut arguments = vec![
+            "-f",
+            "-qq",
+            "-s",
+            "4096",
+            "-e",
+            "trace=%file,%network",
+            "-o",
+            text(&log),
+            "env",
+            "-u",
+            "LD_LIBRARY_PATH",
+            &cache,
+        ];
         arguments.extend(&call);
         run("strace", &arguments);
         let trace = fs::read_to_string(&log).unwrap();

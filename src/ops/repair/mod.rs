@@ -244,7 +244,9 @@ impl<'a> Work<'a> {
         for image in self.request.sources.iter().filter_map(Source::image) {
             let taken = fingerprint(image, &Limits::default());
             if taken.is_ok_and(|(_, taken)| {
-                is_right(&self.manifest, &taken) && taken.start == self.manifest.start_blake3
+                taken.is_some_and(|taken| {
+                    is_right(&self.manifest, &taken) && taken.start == self.manifest.start_blake3
+                })
             }) {
                 return Ok(Base { image: image.clone(), foreign: true });
             }
@@ -313,8 +315,9 @@ impl<'a> Work<'a> {
                     let length = cluster.stored_bytes.min(image.file_length().saturating_sub(cluster.host.0));
                     let mut stored = vec![0; usize::try_from(length).unwrap_or_default()];
                     for twin in twin {
-                        let right = fingerprint(twin, &Limits::default())
-                            .is_ok_and(|(_, taken)| is_right(&self.manifest, &taken));
+                        let right = fingerprint(twin, &Limits::default()).is_ok_and(|(_, taken)| {
+                            taken.is_some_and(|taken| is_right(&self.manifest, &taken))
+                        });
                         if right && twin.read_data(cluster.host, &mut stored).is_ok() {
                             to.write_at(cluster.host.0, &stored).map_err(failed)?;
                             break;
@@ -334,9 +337,10 @@ impl<'a> Work<'a> {
         };
         let image = Image::open(std::sync::Arc::clone(file), &format!("the new file of {}", self.name))?;
         let (report, taken) = fingerprint(&image, &Limits::default())?;
-        if report.is_damaged() || !is_right(&self.manifest, &taken) {
+        let right = |taken: &Fingerprint| !report.is_damaged() && is_right(&self.manifest, taken);
+        let Some(taken) = taken.filter(right) else {
             return Err(refused(Code::MetadataDamaged, "its header or tables are not what they were"));
-        }
+        };
         let chain = OpenChain::of(std::iter::once(image.clone()).chain(self.lower.iter().cloned()).collect());
         let bad = self.bad(&chain)?;
         if let Some(block) = bad.first() {
