@@ -333,6 +333,10 @@ impl Backend for Faulty {
         self.pair(EXCHANGE, a, b, || self.inner.exchange(a, b))
     }
 
+    fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        self.pair("rename_dir", from, to, || self.inner.rename_dir(from, to))
+    }
+
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         self.pair(HARD_LINK, from, to, || self.inner.hard_link(from, to))
     }

@@ -95,6 +95,14 @@ pub trait Backend: Send + Sync + Debug {
     /// names are swapped or neither; so the sync of either one's directory makes it last.
     fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()>;
 
+    /// Gives a directory another name, atomically, with all that is in it. The name is free or that of an empty
+    /// directory; else [`BackendError::AlreadyExists`]. [`BackendError::is_unsupported`] where the store cannot. Only
+    /// [`publish`] calls this.
+    fn rename_dir(&self, _from: &StorePath, to: &StorePath) -> Result<()> {
+        let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
+        Err(BackendError::Unsupported { action: "move a directory to", path: to.to_string(), source })
+    }
+
     /// Gives a file one more name; [`BackendError::AlreadyExists`] if it is taken,
     /// [`BackendError::is_unsupported`] where a file can have one name only. Only [`publish`] calls this.
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()>;

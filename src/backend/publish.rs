@@ -63,6 +63,56 @@ pub fn publish(backend: &dyn Backend, temporary: &StorePath, target: &StorePath)
     sync_directories(backend, temporary, target)
 }
 
+/// Gives the finished file at `temporary` the name `target`, which must be free. Otherwise as [`publish`]. Where the
+/// store has no hard links, a file that somebody puts there in this very moment is replaced.
+///
+/// # Errors
+///
+/// [`BackendError::AlreadyExists`] if the name is taken: nothing was changed.
+///
+/// # After a crash
+///
+/// `target` is free or stands for the whole new file; `temporary` may or may not be there still.
+pub fn publish_new(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {
+    let file = backend.open(temporary)?;
+    file.sync()?;
+    match give_name(backend, file.as_ref(), temporary, target) {
+        Err(error) if error.is_unsupported() => match backend.stat(target) {
+            Ok(_) => return Err(BackendError::AlreadyExists { path: target.to_string() }),
+            Err(BackendError::NotFound { .. }) => backend.rename(temporary, target)?,
+            Err(error) => return Err(error),
+        },
+        done => {
+            done?;
+            let rest =
+                backend.remove_file(temporary).and_then(|()| sync_directories(backend, temporary, target));
+            if rest.is_err() {
+                // Best effort: what is reported as failed should not be there.
+                let _ = backend.remove_file(target);
+            }
+            return rest;
+        }
+    }
+    sync_directories(backend, temporary, target)
+}
+
+/// Gives a directory of finished, durable files another name: all of them appear at once. The name is free, or stands
+/// for an empty directory.
+///
+/// # Errors
+///
+/// [`BackendError::AlreadyExists`] if there is something in that directory, [`BackendError::is_unsupported`] where
+/// directories cannot be moved: nothing was changed.
+///
+/// # After a crash
+///
+/// The directory has one of both names, with all that is in it.
+pub fn publish_directory(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {
+    backend.sync_dir(temporary)?;
+    backend.rename_dir(temporary, target)?;
+    sync_directories(backend, temporary, target)
+}
+
 /// Publishes a small file under a name that must be free: an exclusive create that is decided by the store
 /// and whole from its first instant. `directory` takes the temporary file; it must be on the same file
 /// system as `path`. Returns once the file and its name are durable. Blocks.

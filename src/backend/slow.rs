@@ -132,6 +132,10 @@ impl Backend for Slow {
         self.inner().exchange(a, b)
     }
 
+    fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        self.inner().rename_dir(from, to)
+    }
+
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         self.inner().hard_link(from, to)
     }

@@ -172,6 +172,25 @@ fn remove(backend: &dyn crate::backend::Backend, directory: &StorePath, name: &s
     let Ok(path) = directory.join(name) else { return Ok(()) };
     match backend.remove_file(&path) {
         Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
-        Err(source) => Err(ChangeError::Store { action: "remove", member: path.to_string(), source }),
+        Err(BackendError::NotPlain { .. }) => remove_directory(backend, &path),
+        Err(source) => Err(source),
+    }
+    .map_err(|source| ChangeError::Store { action: "remove", member: path.to_string(), source })
+}
+
+/// A directory of files that was to get its name as a whole.
+fn remove_directory(
+    backend: &dyn crate::backend::Backend,
+    path: &StorePath,
+) -> std::result::Result<(), BackendError> {
+    for file in backend.read_dir(path)?.iter().filter_map(|entry| entry.path_in(path)) {
+        match backend.remove_file(&file) {
+            Ok(()) | Err(BackendError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    match backend.remove_dir(path) {
+        Ok(()) | Err(BackendError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error),
     }
 }

@@ -265,6 +265,11 @@ codes! {
         "The change was not confirmed.",
         "None; nothing was done.",
         "Say --yes where there is no terminal to ask on.";
+    /// The name is taken.
+    TargetExists = "target-exists", Error,
+        "Something has the name already under which an image was to be made.",
+        "None; nothing was written over.",
+        "Choose another name; --overwrite replaces a file that is no member of a chain and that QEMU does not have open.";
     /// Read-only.
     ReadOnly = "read-only", Error,
         "A changing command was called with --read-only, or on a store that is only read: an nfs:// export without a mount.",

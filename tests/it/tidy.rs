@@ -61,7 +61,7 @@ const FILE_IO_ALLOWED: &[(&str, &str)] = &[
 ];
 
 /// The calls that give a file the name of another, or one more.
-const RENAMES: &[&str] = &[".rename(", ".exchange(", ".hard_link("];
+const RENAMES: &[&str] = &[".rename(", ".rename_dir(", ".exchange(", ".hard_link("];
 
 /// Where they may stand: the one publisher, and the implementations of the calls.
 const RENAME_ALLOWED: &[&str] = &[

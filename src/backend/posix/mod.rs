@@ -11,6 +11,7 @@ mod flock;
 mod identity;
 mod locks;
 mod moves;
+mod output;
 mod probe;
 mod resolve;
 mod walk;
@@ -28,6 +29,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use self::file::PosixFile;
+pub use self::output::StandardOutput;
 use self::resolve::Resolver;
 use super::error::{NO_EXCHANGE, NO_LINKS};
 use super::{
@@ -224,6 +226,24 @@ impl Backend for PosixStore {
                 error => error,
             }
         })
+    }
+
+    fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let (old_directory, old) = self.parent("rename", from)?;
+        let (new_directory, new) = self.parent("replace", to)?;
+        for (directory, name, path) in [(&old_directory, old, from), (&new_directory, new, to)] {
+            match stat_name(directory, name) {
+                Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {}
+                Err(Errno::NOENT) if path == to => {}
+                Ok(_) if path == to => return Err(BackendError::AlreadyExists { path: to.to_string() }),
+                Ok(_) => return Err(BackendError::NotPlain { path: path.to_string() }),
+                Err(errno) => return Err(failed("rename", path, errno)),
+            }
+        }
+        match retry_on_intr(|| fs::renameat(&old_directory, old, &new_directory, new)) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Err(BackendError::AlreadyExists { path: to.to_string() }),
+            done => done.map_err(|errno| failed("replace", to, errno)),
+        }
     }
 
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
