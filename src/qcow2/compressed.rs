@@ -63,6 +63,49 @@ pub fn compress(kind: CompressionType, level: i32, cluster: &[u8]) -> Option<Vec
     Some(out)
 }
 
+/// Compresses cluster after cluster with one set of tables: for images that are compressed whole.
+pub struct Compressor {
+    level: i32,
+    coder: Coder,
+    out: Vec<u8>,
+}
+
+enum Coder {
+    Zlib(Compress),
+    Zstd(zstd_safe::CCtx<'static>),
+}
+
+impl Compressor {
+    /// For one kind and level, as [`compress`] takes them.
+    #[must_use]
+    pub fn new(kind: CompressionType, level: i32) -> Self {
+        let coder = match kind {
+            CompressionType::Zlib => {
+                let level = Compression::new(level.clamp(1, 9).unsigned_abs());
+                Coder::Zlib(Compress::new_with_window_bits(level, false, DEFLATE_WINDOW_BITS))
+            }
+            CompressionType::Zstd => Coder::Zstd(zstd_safe::CCtx::create()),
+        };
+        Self { level: level.clamp(1, 22), coder, out: Vec::new() }
+    }
+
+    /// Compresses one cluster; `None` if that does not make it smaller.
+    pub fn compress(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
+        self.out.resize(cluster.len().checked_sub(1)?, 0);
+        let length = match &mut self.coder {
+            Coder::Zlib(encoder) => {
+                encoder.reset();
+                match encoder.compress(cluster, &mut self.out, FlushCompress::Finish) {
+                    Ok(Status::StreamEnd) => usize::try_from(encoder.total_out()).ok()?,
+                    _ => return None,
+                }
+            }
+            Coder::Zstd(context) => context.compress(self.out.as_mut_slice(), cluster, self.level).ok()?,
+        };
+        self.out.get(..length).map(<[u8]>::to_vec)
+    }
+}
+
 fn inflate(stored: &[u8], cluster: &mut [u8]) -> Result<(), CompressionFault> {
     match libdeflater::Decompressor::new().deflate_decompress(stored, cluster) {
         Ok(length) if length == cluster.len() => return Ok(()),
@@ -113,11 +156,27 @@ fn unzstd(mut stored: &[u8], cluster: &mut [u8]) -> Result<(), CompressionFault>
 mod tests {
     use proptest::prelude::*;
 
-    use super::{CompressionFault, compress, decompress};
+    use super::{CompressionFault, Compressor, compress, decompress};
     use crate::qcow2::header::CompressionType::{self, Zlib, Zstd};
     use crate::units::ClusterBits;
 
     const KINDS: [CompressionType; 2] = [Zlib, Zstd];
+
+    #[test]
+    fn one_compressor_for_many_clusters() {
+        let bits = ClusterBits::DEFAULT;
+        for kind in KINDS {
+            let mut compressor = Compressor::new(kind, 3);
+            for round in 0..5_u8 {
+                let cluster: Vec<u8> = (0..65_536_u32).map(|at| (at / 7).to_le_bytes()[0] ^ round).collect();
+                let stored = compressor.compress(&cluster).unwrap();
+                assert_eq!(decompress(kind, &stored, bits), Ok(cluster));
+            }
+            let noise: Vec<u8> = (0..2048_u32).flat_map(|at| *blake3::hash(&at.to_le_bytes()).as_bytes()).collect();
+            assert_eq!(compressor.compress(&noise), None);
+            assert_eq!(compressor.compress(&[]), None);
+        }
+    }
 
     fn text(length: usize) -> Vec<u8> {
         (0..length).map(|i| u8::try_from(i / 7 % 251).unwrap()).collect()

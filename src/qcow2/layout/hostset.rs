@@ -173,6 +173,24 @@ impl HostSet {
         count
     }
 
+    /// How many neighbouring units from `unit` on are not in the set; `u64::MAX` less `unit` if none follows.
+    #[must_use]
+    pub fn gap_from(&self, unit: u64) -> u64 {
+        let from = self.chunks.partition_point(|chunk| chunk.index < unit / CHUNK_UNITS);
+        for chunk in self.chunks.get(from..).unwrap_or_default() {
+            let start = chunk.index * CHUNK_UNITS;
+            for (index, word) in chunk.words.iter().enumerate() {
+                let first = start + index as u64 * 64;
+                let skip = unit.saturating_sub(first);
+                let word = if skip < 64 { *word >> skip << skip } else { 0 };
+                if word != 0 {
+                    return first + u64::from(word.trailing_zeros()) - unit;
+                }
+            }
+        }
+        u64::MAX - unit
+    }
+
     /// Maximal runs of neighbouring units, `(first, count)`, in order.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut pieces = self.chunks.iter().flat_map(|chunk| {
@@ -248,6 +266,10 @@ mod tests {
             prop_assert_eq!(&listed, &model.iter().copied().collect::<Vec<_>>());
             let runs: Vec<_> = set.runs().collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "not maximal");
+            for unit in [0u64, 7, 4095, 4096, 9000, 25_000] {
+                let next = model.range(unit..).next().copied().unwrap_or(u64::MAX);
+                prop_assert_eq!(set.gap_from(unit), next - unit);
+            }
             for gap in [0u64, 7, 4095, 4096, 25_000] {
                 if !model.contains(&gap) {
                     prop_assert_eq!((set.rank(gap), set.run_from(gap), set.contains(gap)), (None, 0, false));

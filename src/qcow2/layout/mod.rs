@@ -9,15 +9,19 @@
 //! [`Layout::plan_onto`] plans the same image into the file of one of its sources, the *kept* one: what that
 //! holds plain stays where it is, and all other parts follow behind the file's end, the header excepted.
 //!
+//! [`canonical`] is the plan of an image that stands alone and is the same wherever its view is.
+//!
 //! Memory: one bit per host cluster moved (see [`hostset`]), two bytes per host cluster of compressed data,
 //! the pieces of one cluster, one L2 table. Never a list of clusters.
 
+pub mod canonical;
 pub(crate) mod clusters;
 mod emit;
 mod geometry;
 mod header;
 pub mod hostset;
 mod onto;
+pub mod packed;
 mod packing;
 mod shape;
 
