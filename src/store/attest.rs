@@ -298,7 +298,7 @@ impl Attestor {
 }
 
 /// The blocks of the new file whose bytes are no shared extents: copied, recompressed or put together.
-fn read_back(
+pub fn read_back(
     layout: &Layout,
     new: &Image,
     alignment: &[u64],

@@ -5,13 +5,15 @@ use crate::chain::delete::Merge;
 use crate::chain::graph::NodeId;
 use crate::cloudstack::backing::{At, NameMap};
 use crate::failure::Code;
+use crate::qcow2::layout::hostset::HostSet;
 use crate::qcow2::layout::{Backing, ImageOptions, Kept, Layout, Unfit, in_place_possible};
 use crate::qcow2::write::clonable;
-use crate::qcow2::{Image, ImageError};
+use crate::qcow2::{Content, Image, ImageError, Run};
 use crate::store::Stores;
 use crate::store::chain::OpenChain;
 use crate::store::error::{Result, StoreError};
 use crate::store::scan::Scan;
+use crate::units::GuestOffset;
 
 /// One merge with all its files open, so that it reads one state whatever is published meanwhile.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub struct MergeInput {
     pub options: ImageOptions,
     /// Whether each layer of `upper` lies on the survivor's store, so that it can be cloned from.
     same_store: Vec<bool>,
+    /// Which units of the view hold something, if it is known, and how long a unit is in bytes.
+    filled: Option<(HostSet, u64)>,
 }
 
 /// How a merge moves its data, and what that costs.
@@ -96,12 +100,57 @@ impl MergeInput {
             ImageOptions { opaque: merge.merged_stay, ..ImageOptions::like(image.header(), backing) };
         let newest_first = std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied());
         let same_store = newest_first.map(|id| scan.graph.node(id).key.store == survivor.key.store).collect();
-        Ok(Self { upper, lower, options, same_store })
+        Ok(Self { upper, lower, options, same_store, filled: None })
+    }
+
+    /// A whole chain that becomes an image of its own. `same_store` says of each member, newest first, whether it can
+    /// be cloned from; `filled` tells which units (of so many bytes, a multiple of 64 KiB) of the view are not known to
+    /// be zeros, if anything is known.
+    #[must_use]
+    pub fn standalone(
+        chain: OpenChain,
+        options: ImageOptions,
+        same_store: Vec<bool>,
+        filled: Option<(HostSet, u64)>,
+    ) -> Self {
+        Self { upper: chain, lower: OpenChain::of(Vec::new()), options, same_store, filled }
+    }
+
+    /// The map of the members that become one; what is known to be zeros is zeros, whatever holds them.
+    pub fn map(&self) -> impl Iterator<Item = std::result::Result<Run, ImageError>> + Send + '_ {
+        self.upper.map().flat_map(|run| match run {
+            Ok(run) => self.cut(run),
+            error => vec![error],
+        })
+    }
+
+    /// A run without the units that are known to be zeros.
+    fn cut(&self, run: Run) -> Vec<std::result::Result<Run, ImageError>> {
+        let Some((filled, unit)) = self.filled.as_ref().filter(|_| matches!(run.content, Content::Data { .. })) else {
+            return vec![Ok(run)];
+        };
+        let mut parts = Vec::new();
+        let mut at = run.start;
+        while at < run.end() {
+            let first = at.0 / unit;
+            let (count, zero) = match filled.run_from(first) {
+                0 => (filled.gap_from(first), true),
+                count => (count, false),
+            };
+            let end = GuestOffset(first.saturating_add(count).saturating_mul(*unit));
+            let Some(mut part) = run.clip(at, end) else { break };
+            at = part.end();
+            if zero {
+                part.content = Content::Zero;
+            }
+            parts.push(Ok(part));
+        }
+        parts
     }
 
     /// Lays the image out: one pass over the tables of the members concerned.
     pub fn layout(&self) -> std::result::Result<Layout, ImageError> {
-        Layout::plan(&self.options, &self.upper.source_facts(), self.upper.map())
+        Layout::plan(&self.options, &self.upper.source_facts(), self.map())
     }
 
     /// Whether the lowest merged member's file can become the image wanted, as far as headers tell.

@@ -30,6 +30,7 @@ pub mod record;
 pub mod rows;
 pub mod scan;
 pub mod standalone;
+pub mod stream;
 
 pub use error::{Result, StoreError};
 pub use open::{Store, StoreConfig, Stores};

@@ -51,7 +51,7 @@ pub fn prove(layout: &Layout, input: &MergeInput, image: &Image, name: &str) -> 
             let replacement = OpenChain::of(above.chain(input.lower.images().cloned()).collect());
             let old_view = OpenChain::of(input.upper.images().chain(input.lower.images()).cloned().collect());
             let equal = |ranges: &[Range]| first_difference(&old_view, &replacement, ranges);
-            prove_maps(layout, input.upper.map(), new.map(), layout.options().below_end(), equal)
+            prove_maps(layout, input.map(), new.map(), layout.options().below_end(), equal)
         },
     );
     sound?;

@@ -162,6 +162,8 @@ struct Cursor {
     next: u64,
     /// The last one decoded.
     run: Option<BlockRun>,
+    /// Where the one before that ends.
+    before_end: u64,
     /// How many leaves come before that run's.
     leaves_before: u64,
 }
@@ -220,11 +222,12 @@ impl LeafFile {
         self.runs
             .copy(&*self.file, at, end.min(at + RUNS_WINDOW), &mut raw)
             .map_err(|source| self.failed(source))?;
-        let Cursor { next, run: before, leaves_before } = self.cursor;
+        let Cursor { next, run: before, leaves_before, .. } = self.cursor;
         let run = BlockRun::decode(&raw, next, before.as_ref(), block_count(self.shape.virtual_size))
             .map_err(|source| LeafError::Fault { name: self.name.clone(), source })?;
         let leaves_before = leaves_before + before.filter(|run| !run.zero).map_or(0, |run| run.count);
-        self.cursor = Cursor { next: next + 1, run: Some(run), leaves_before };
+        let before_end = before.as_ref().map_or(0, BlockRun::end);
+        self.cursor = Cursor { next: next + 1, run: Some(run), before_end, leaves_before };
         Ok(Some(run))
     }
 
@@ -241,8 +244,8 @@ impl Leaves for LeafFile {
     }
 
     fn stretch(&mut self, block: u64) -> Result<Stretch> {
-        if self.cursor.run.is_some_and(|run| run.first > block) && self.cursor.next > 1 {
-            // A walk that went back, or one run too far.
+        if self.cursor.run.is_some_and(|run| run.first > block) && block < self.cursor.before_end {
+            // A walk that went back. In the gap before the run it is at the right place.
             self.rewind();
         }
         loop {
