@@ -6,6 +6,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::progress::Progress;
 
+/// What counts so much counts bytes.
+const LEAST_BYTES: u64 = 1 << 20;
+const BYTES: &str = "{msg} [{wide_bar}] {percent:>3}% {binary_bytes_per_sec} {elapsed}, {eta} left";
+const COUNT: &str = "{msg} [{wide_bar}] {percent:>3}% {elapsed}, {eta} left";
+
 /// A bar, or nothing.
 pub struct Bar(Option<ProgressBar>);
 
@@ -16,12 +21,6 @@ impl Bar {
             return Self(None);
         }
         let bar = ProgressBar::new(0);
-        // A template that does not parse leaves the crate's own style.
-        if let Ok(style) =
-            ProgressStyle::with_template("{msg} [{wide_bar}] {percent:>3}% {elapsed}, {eta} left")
-        {
-            bar.set_style(style.progress_chars("=> "));
-        }
         Self(Some(bar))
     }
 
@@ -38,6 +37,11 @@ impl Progress for Bar {
         if let Some(bar) = &self.0 {
             bar.reset();
             bar.set_length(total);
+            let template = if total >= LEAST_BYTES { BYTES } else { COUNT };
+            // A template that does not parse leaves the crate's own style.
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
             bar.set_message(name.to_owned());
         }
     }

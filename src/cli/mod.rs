@@ -19,6 +19,7 @@ mod delete;
 mod digest;
 mod error;
 mod explain;
+mod flatten;
 mod history;
 mod init;
 mod interrupt;
@@ -123,6 +124,9 @@ enum Command {
     /// Make members full bases of their own, so that chains are shorter; nothing is deleted
     #[command(after_help = consolidate::HELP)]
     Consolidate(consolidate::Args),
+    /// Make one image of a member's view that stands alone: a file, a template, a volume, a stream
+    #[command(after_help = flatten::HELP)]
+    Flatten(flatten::Args),
     /// Show what was deleted, until when it can be undone, what is kept for that
     History(history::Args),
     /// Take a delete back, whole
@@ -170,6 +174,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
                 consolidate::run(context, args)
             })
         }
+        Command::Flatten(args) => flatten::run(&context()?, args),
         Command::History(args) => history::run(&context()?, args),
         Command::Undo(args) => {
             metrics::run(context(), "undo", &args.metrics, true, |context| undo::run(context, args))

@@ -82,6 +82,22 @@ pub fn report_error(error: &CliError, as_json: bool) -> u8 {
     error.kind().exit_code()
 }
 
+/// Prints one JSON document to standard error: for commands whose output is something else.
+pub fn json_aside(body: &impl Serialize) {
+    if let Ok(text) = serde_json::to_string(&Document { schema: SCHEMA, body }) {
+        eprintln!("{text}");
+    }
+}
+
+/// As [`report_error`], to standard error in either form.
+pub fn report_error_aside(error: &CliError, as_json: bool) -> u8 {
+    if !as_json {
+        return report_error(error, false);
+    }
+    json_aside(&ErrorDocument { error: ErrorBody::of(error) });
+    error.kind().exit_code()
+}
+
 /// A number of bytes for people: `1.5 GiB`.
 pub fn human(bytes: u64) -> String {
     const UNITS: &[&str] = &["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];

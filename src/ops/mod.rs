@@ -9,6 +9,7 @@ pub mod audit;
 pub mod delete;
 pub mod digest;
 mod error;
+pub mod flatten;
 pub mod init;
 pub mod list;
 pub mod map;

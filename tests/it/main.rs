@@ -21,6 +21,8 @@ mod delete_identity;
 mod delete_oracle;
 mod delete_sequences;
 mod delete_trees;
+mod flatten_cli;
+mod flatten_oracle;
 mod frozen;
 mod hostile;
 mod image_locks;

@@ -6,6 +6,7 @@ pub mod chains;
 pub mod crash;
 pub mod digest;
 pub mod disk;
+pub mod flat;
 pub mod forked;
 pub mod grounds;
 pub mod hostile;

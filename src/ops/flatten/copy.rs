@@ -1,0 +1,125 @@
+//! By copying: the canonical image, from its first byte to its last.
+
+use super::report::{How, Made};
+use super::target::{Output, failed};
+use super::Work;
+use crate::digest::is_zero;
+use crate::ops::{OpError, Result};
+use crate::qcow2::check::{Limits, check};
+use crate::qcow2::layout::canonical::{Canonical, Form};
+use crate::qcow2::{Content, Image};
+use crate::store::StoreError;
+use crate::store::chain::OpenChain;
+use crate::store::stream::{Piece, Stream, Wanted};
+use crate::units::BLOCK_BYTES;
+
+/// A block's length as an index.
+const BLOCK_LENGTH: usize = 64 * 1024;
+/// How much is written before the caches are dropped.
+const DROP_BYTES: u64 = 256 << 20;
+
+/// Writes the image, seals it, and proves that its tables say what was planned.
+pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cache: bool) -> Result<Made> {
+    let layout = stream.layout();
+    let source = stream.source();
+    output.need(layout.stored_bytes())?;
+    let file = output.file();
+    let failed = failed(output.shown());
+    file.set_length(layout.length()).map_err(&failed)?;
+    work.progress.phase("copying", layout.length());
+    let raw = layout.form() == Form::Raw;
+    let (mut written, mut last_drop) = (0, 0);
+    let digest = stream.read::<OpError>(0..layout.length(), Wanted::Digest, &work.job(), |offset, piece| {
+        let Piece::Bytes(bytes) = piece else { return Ok(()) };
+        written += if raw {
+            write_sparse(|at, part| file.write_at(at, part), offset, bytes).map_err(&failed)?
+        } else {
+            file.write_at(offset, bytes).map_err(&failed)?;
+            bytes.len() as u64
+        };
+        if !keep_cache && written >= last_drop + DROP_BYTES {
+            last_drop = written;
+            let _ = file.drop_cache();
+            source.drop_caches();
+        }
+        Ok(())
+    })?;
+    if let (Some(is), Some(was)) = (digest, source.digest())
+        && is != was
+    {
+        let message = format!("it reads as {is}; it was {was} when it was adopted");
+        let member = source.member().to_owned();
+        return Err(StoreError::Damaged { code: crate::failure::Code::DataDamaged, member, message }.into());
+    }
+    output.seal()?;
+    let metadata_bytes = layout.metadata_bytes();
+    let planned_bytes = if raw { 0 } else { prove(layout, output)? };
+    let data_bytes = written.saturating_sub(metadata_bytes);
+    Ok(Made { how: Some(How::Copy), digest, data_bytes, metadata_bytes, planned_bytes, ..Made::default() })
+}
+
+/// Writes what is not zeros; gives how many bytes that was.
+pub(super) fn write_sparse<E>(
+    mut write: impl FnMut(u64, &[u8]) -> std::result::Result<(), E>,
+    offset: u64,
+    bytes: &[u8],
+) -> std::result::Result<u64, E> {
+    let mut written = 0;
+    let mut held: Option<(usize, usize)> = None;
+    for (index, block) in bytes.chunks(BLOCK_LENGTH).enumerate() {
+        let start = index * BLOCK_LENGTH;
+        if !is_zero(block) {
+            held = Some((held.map_or(start, |(from, _)| from), start + block.len()));
+            continue;
+        }
+        if let Some((from, to)) = held.take() {
+            write(offset + from as u64, bytes.get(from..to).unwrap_or_default())?;
+            written += (to - from) as u64;
+        }
+    }
+    if let Some((from, to)) = held {
+        write(offset + from as u64, bytes.get(from..to).unwrap_or_default())?;
+        written += (to - from) as u64;
+    }
+    Ok(written)
+}
+
+/// Parses the sealed file again: sound, and each unit where it was planned. Gives the bytes of view.
+fn prove(layout: &Canonical, output: &Output) -> Result<u64> {
+    let image = Image::open(output.reopen()?, output.shown())?;
+    let wrong = |what: &str| {
+        let message = format!("the new file was thrown away: {what}");
+        OpError::Store(StoreError::Proof { member: output.shown().to_owned(), message })
+    };
+    let report = check(&image, &Limits::default())?;
+    if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete {
+        return Err(wrong("its structure is not sound"));
+    }
+    let unit = layout.form().unit_bytes();
+    let mut stored = 0;
+    for run in OpenChain::of(vec![image]).map() {
+        let run = run?;
+        match run.content {
+            Content::Data { host, .. } => {
+                let mut at = run.start.0;
+                while at < run.end().0 {
+                    let end = ((at / unit + 1) * unit).min(run.end().0);
+                    if layout.place(at) != Some(host.0 + (at - run.start.0)) {
+                        return Err(wrong("a cluster is not where it was planned"));
+                    }
+                    stored += end - at;
+                    at = end;
+                }
+            }
+            Content::Compressed { .. } => return Err(wrong("it has compressed clusters")),
+            Content::Zero | Content::Below => {}
+        }
+    }
+    let last = layout.virtual_size() / unit;
+    let cut = if layout.units().contains(last) { unit - layout.virtual_size() % unit } else { 0 };
+    if stored != layout.units().len() * unit - cut {
+        return Err(wrong("it has other clusters than were planned"));
+    }
+    debug_assert!(unit >= BLOCK_BYTES);
+    Ok(layout.virtual_size())
+}
