@@ -65,7 +65,7 @@ pub struct Args {
     /// Compress clusters; those that do not get smaller are stored as they are
     #[arg(long, value_enum, default_value = "none")]
     compress: Compress,
-    /// How hard: 1 to 22 for zstd, 1 to 9 for zlib [default: 1]
+    /// How hard: 1 to 22 for zstd, 1 to 9 for zlib [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
     /// How the image is laid out [default: cheapest for files]
@@ -185,7 +185,7 @@ impl Args {
         if self.layout == Some(LayoutChoice::Canonical) {
             return usage("the canonical layout is uncompressed");
         }
-        let level = self.level.unwrap_or(1);
+        let level = self.level.unwrap_or(2);
         if kind == CompressionType::Zlib && level > 9 {
             return usage("zlib has the levels 1 to 9");
         }

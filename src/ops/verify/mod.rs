@@ -1,7 +1,7 @@
 //! `verify`: whether members are sound, by what their headers and tables say, and by what is known of their bytes.
 //!
 //! - `links`: the header can be read, and the chain below is complete, of the right format, and no circle.
-//! - `structure`: the same, and reference counts and tables agree ([`check`]); of an adopted member they are what they
+//! - `structure`: the same, and reference counts and tables agree ([`crate::qcow2::check`]); of an adopted member they are what they
 //!   were.
 //! - `data`: the same, and of an adopted member all bytes that it decides hash to the leaves that were kept, and it
 //!   stands on what it was adopted on. What was never adopted is unknown.
