@@ -92,7 +92,7 @@ impl Attestor {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Quarantined`] for a member that was found damaged, or whose metadata is not what it was.
+    /// [`StoreError::Damaged`] for a member that was found damaged, or whose metadata is not what it was.
     pub fn open(
         stores: &Stores,
         scan: &Scan,
