@@ -16,7 +16,8 @@ use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::ops::OpError;
 use crate::ops::flatten::{
-    Arrangement, FileTarget, FlattenReport, Place, Purpose, Request, Target, Work, flatten, pipe_report, stream,
+    Arrangement, FileTarget, FlattenReport, Place, Purpose, Request, Target, Work, flatten, pipe_report,
+    stream,
 };
 use crate::progress::Pace;
 use crate::qcow2::CompressionType;
@@ -177,7 +178,9 @@ impl Args {
             Compress::Zlib => CompressionType::Zlib,
         };
         if self.is_pipe() {
-            return usage("standard output gets an image whose length is known before: --compress is for files");
+            return usage(
+                "standard output gets an image whose length is known before: --compress is for files",
+            );
         }
         if self.format == Format::Raw {
             return usage("a raw image has no compressed clusters");
@@ -272,7 +275,9 @@ fn request(
 fn file_target(dest: &str, overwrite: bool) -> Result<Target> {
     let absolute = std::path::absolute(Path::new(dest))
         .map_err(|source| CliError::Read { file: dest.to_owned(), source })?;
-    let (Some(directory), Some(name)) = (absolute.parent(), absolute.file_name().and_then(|name| name.to_str())) else {
+    let (Some(directory), Some(name)) =
+        (absolute.parent(), absolute.file_name().and_then(|name| name.to_str()))
+    else {
         return Err(CliError::usage(format!("{dest:?} names no file")));
     };
     if dest.ends_with('/') {

@@ -172,7 +172,8 @@ mod tests {
                 let stored = compressor.compress(&cluster).unwrap();
                 assert_eq!(decompress(kind, &stored, bits), Ok(cluster));
             }
-            let noise: Vec<u8> = (0..2048_u32).flat_map(|at| *blake3::hash(&at.to_le_bytes()).as_bytes()).collect();
+            let noise: Vec<u8> =
+                (0..2048_u32).flat_map(|at| *blake3::hash(&at.to_le_bytes()).as_bytes()).collect();
             assert_eq!(compressor.compress(&noise), None);
             assert_eq!(compressor.compress(&[]), None);
         }

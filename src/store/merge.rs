@@ -126,7 +126,9 @@ impl MergeInput {
 
     /// A run without the units that are known to be zeros.
     fn cut(&self, run: Run) -> Vec<std::result::Result<Run, ImageError>> {
-        let Some((filled, unit)) = self.filled.as_ref().filter(|_| matches!(run.content, Content::Data { .. })) else {
+        let Some((filled, unit)) =
+            self.filled.as_ref().filter(|_| matches!(run.content, Content::Data { .. }))
+        else {
             return vec![Ok(run)];
         };
         let mut parts = Vec::new();

@@ -26,7 +26,8 @@ fn call(world: &World, arguments: &[&str]) -> Output {
 }
 
 fn document(bytes: &[u8]) -> Value {
-    serde_json::from_slice(bytes).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(bytes)))
+    serde_json::from_slice(bytes)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(bytes)))
 }
 
 /// Opted in and adopted.
@@ -70,7 +71,8 @@ fn a_file_is_made_once_and_said_what_it_is() {
     refuses(&world, &["flatten", "c", text(&dest), "--compress", "zstd", "-O", "raw"], 2, "usage");
     refuses(&world, &["flatten", "c", text(&dest), "--cluster-size", "3000"], 2, "usage");
     // Nothing was left beside it.
-    let names: Vec<_> = fs::read_dir(world.directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        fs::read_dir(world.directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!names.iter().any(|name| name.to_str().unwrap().contains(".tmp")), "{names:?}");
 }
 
@@ -126,7 +128,8 @@ fn standard_output_has_the_canonical_image_and_nothing_else() {
         assert_eq!((failed.status.code(), error["code"].as_str()), (Some(exit), Some(code)), "{arguments:?}");
     }
     // Whoever reads goes away.
-    let mut child = command(&world, &["flatten", "c", "-", "-O", "raw"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        command(&world, &["flatten", "c", "-", "-O", "raw"]).stdout(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(8));
 }
@@ -158,7 +161,10 @@ fn templates_and_volumes_are_cloudstacks() {
         assert_eq!(property(&properties, "filename"), file);
         assert_eq!(property(&properties, "qcow2.filename"), file);
         assert_eq!(property(&properties, "uniquename"), "web");
-        assert_eq!((property(&properties, "size"), property(&properties, "qcow2.size")), (length.clone(), length));
+        assert_eq!(
+            (property(&properties, "size"), property(&properties, "qcow2.size")),
+            (length.clone(), length)
+        );
         assert_eq!(property(&properties, "virtualsize"), (10_u64 << 20).to_string());
         for file in [&image, &properties] {
             assert_eq!(fs::metadata(file).unwrap().mode() & 0o777, 0o644, "{}", file.display());
@@ -214,7 +220,8 @@ fn without_qchains_own_directory_a_file_can_be_made_and_a_template_not() {
     let (exit, report) = world.run(&["flatten", "c", text(&dest), "-O", "raw"]);
     assert_eq!(exit, 0, "{report}");
     assert!(report["note"].as_str().unwrap().contains("not adopted"), "{report}");
-    let same = run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&world.member("c")), text(&dest)]);
+    let same =
+        run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&world.member("c")), text(&dest)]);
     assert!(same.status.success());
     refuses(&world, &["flatten", "c", "--template", "2/203/web"], 3, "not-initialised");
 }

@@ -49,14 +49,18 @@ fn try_all(parent: &Path, store: &Path, truth: &Path, member: &str, adopted: boo
     for (name, wish) in wishes() {
         let context = format!("{member} as {name}, adopted {adopted}: {context}");
         let dest = parent.join(name);
-        let report = flatten_to(store, member, &dest, wish).unwrap_or_else(|error| panic!("{context}: {error:?}"));
+        let report =
+            flatten_to(store, member, &dest, wish).unwrap_or_else(|error| panic!("{context}: {error:?}"));
         judge(&dest, wish, &truth.join(member), &raw_truth, &context);
         assert_eq!(report.file_bytes, fs::metadata(&dest).unwrap().len(), "{context}");
         assert_eq!(report.virtual_bytes, raw_truth.len() as u64, "{context}");
         if adopted || wish.read {
             assert_eq!(report.digest.as_deref(), Some(digest.as_str()), "{context}: {report:?}");
         }
-        assert!(!wish.read || claims(&report).contains(&"data") || raw_truth.is_empty(), "{context}: {report:?}");
+        assert!(
+            !wish.read || claims(&report).contains(&"data") || raw_truth.is_empty(),
+            "{context}: {report:?}"
+        );
         fs::remove_file(&dest).unwrap();
     }
 }
@@ -102,7 +106,9 @@ fn matrix(fs: FsKind, offset: usize) {
     let parent = mount.path();
     let step = if full() { 1 } else { 6 };
     let mut numbers = Numbers(3);
-    for (index, (name, specs)) in chains().iter().enumerate().skip(if full() { 0 } else { offset }).step_by(step) {
+    for (index, (name, specs)) in
+        chains().iter().enumerate().skip(if full() { 0 } else { offset }).step_by(step)
+    {
         let (store, truth) = folders(&parent, "store");
         build(&store, &truth, specs);
         init(&store, StoreKind::Plain);
@@ -134,7 +140,8 @@ fn every_chain_in_every_form_on_ext4() {
 /// A chain of real data: adopted or not as asked.
 fn small(parent: &Path, adopted: bool) -> (std::path::PathBuf, std::path::PathBuf) {
     let (store, truth) = folders(parent, "store");
-    let specs: Vec<Spec> = [40, 10, 10].map(|writes| Kind::PLAIN.member(4 << 20, writes, &mut Numbers(11))).into();
+    let specs: Vec<Spec> =
+        [40, 10, 10].map(|writes| Kind::PLAIN.member(4 << 20, writes, &mut Numbers(11))).into();
     build(&store, &truth, &specs);
     init(&store, StoreKind::Plain);
     if adopted {
@@ -152,7 +159,8 @@ fn data_is_shared_where_that_can_be_done_and_nothing_claimed_that_was_not_proved
         let report = flatten_to(&store, "b", &dest, wish).unwrap();
         assert_eq!(report.how, How::Clone, "{report:?}");
         assert!(report.bytes_cloned > report.bytes_written, "{report:?}");
-        let whole = report.claims.iter().any(|claim| claim.name == "data" && claim.bytes == report.virtual_bytes);
+        let whole =
+            report.claims.iter().any(|claim| claim.name == "data" && claim.bytes == report.virtual_bytes);
         assert!(!whole, "nothing that was shared was read: {report:?}");
     }
     assert_true(&mount.path().join("q"), &truth.join("b"), "cloned");
@@ -170,7 +178,10 @@ fn equal_views_give_equal_images() {
         size: 3 << 20,
         commands: commands.iter().map(|command| (*command).to_owned()).collect(),
     };
-    let one = [spec("", &["write -P 1 0 1M", "write -P 0 512k 256k"]), spec("", &["write -P 2 128k 4k", "write -z 1M 64k"])];
+    let one = [
+        spec("", &["write -P 1 0 1M", "write -P 0 512k 256k"]),
+        spec("", &["write -P 2 128k 4k", "write -z 1M 64k"]),
+    ];
     let other = [
         spec("cluster_size=4096", &["write -P 1 0 512k", "write -P 1 768k 256k"]),
         spec("cluster_size=2M", &["write -P 2 128k 4k"]),
@@ -213,7 +224,11 @@ fn a_damaged_block_stops_the_job_and_names_its_member() {
         size: 4 << 20,
         commands: commands.iter().map(|command| (*command).to_owned()).collect(),
     };
-    build(&store, &truth, &[spec(&["write -P 0x11 0 2M"]), spec(&["write -P 0x22 2M 1M"]), spec(&["write -P 0x33 0 64k"])]);
+    build(
+        &store,
+        &truth,
+        &[spec(&["write -P 0x11 0 2M"]), spec(&["write -P 0x22 2M 1M"]), spec(&["write -P 0x33 0 64k"])],
+    );
     init(&store, StoreKind::Plain);
     adopt_well(&store);
     damage(&store.join("a"), 0x22);
@@ -221,7 +236,10 @@ fn a_damaged_block_stops_the_job_and_names_its_member() {
     for wish in [Wish::PLAIN, Wish::CANONICAL, Wish::RAW, Wish { compress: zstd, ..Wish::PLAIN }] {
         let dest = folder.path().join("out");
         let error = flatten_to(&store, "b", &dest, wish).unwrap_err();
-        assert_eq!((error.kind(), error.code(), error.member()), (Failed::Damage, Code::DataDamaged, Some("a")));
+        assert_eq!(
+            (error.kind(), error.code(), error.member()),
+            (Failed::Damage, Code::DataDamaged, Some("a"))
+        );
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left");
     }
     // A stream ends before the block, and other ranges are served.
@@ -276,7 +294,11 @@ fn a_full_disk_leaves_nothing() {
                 break;
             };
             let name = StorePath::parse("out").unwrap();
-            assert_eq!((error.kind(), memory.stat(&name).is_err()), (Failed::NoSpace, true), "{n}: {error:?}");
+            assert_eq!(
+                (error.kind(), memory.stat(&name).is_err()),
+                (Failed::NoSpace, true),
+                "{n}: {error:?}"
+            );
             for entry in memory.read_dir(&StorePath::root()).unwrap() {
                 // One that could not be removed either has a temporary's name.
                 memory.remove_file(&entry.path_in(&StorePath::root()).unwrap()).unwrap();

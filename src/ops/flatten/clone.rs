@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::Work;
 use super::copy::write_sparse;
 use super::report::{How, Made};
 use super::target::{Output, failed};
-use super::Work;
 use crate::backend::{BackendError, Means, Move, read_padded};
 use crate::digest::{TreeBuilder, block_count, leaf};
 use crate::failure::{Code, Failure as _};
@@ -35,7 +35,12 @@ const CHECK_BLOCKS: u64 = 16;
 const COPY_BYTES: u64 = 1 << 20;
 
 /// Writes the image, seals and proves it; `None`, and an empty file, if most of the data could not be shared.
-pub(super) fn try_write(source: &Source, form: Form, output: &Output, work: &Work<'_>) -> Result<Option<Made>> {
+pub(super) fn try_write(
+    source: &Source,
+    form: Form,
+    output: &Output,
+    work: &Work<'_>,
+) -> Result<Option<Made>> {
     let device = output.file().stat().map_err(failed(output.shown()))?.id.device;
     let same: Vec<bool> = source.files().map(|id| id.device == device).collect();
     if !same.contains(&true) {
@@ -50,7 +55,8 @@ pub(super) fn try_write(source: &Source, form: Form, output: &Output, work: &Wor
         Some(_) => Some((source.units(form)?, form.unit_bytes())),
         None => None,
     };
-    let kind = source.chain().images().next().map_or(CompressionType::Zlib, |image| image.header().compression);
+    let kind =
+        source.chain().images().next().map_or(CompressionType::Zlib, |image| image.header().compression);
     let options = form.options(source.virtual_size(), kind);
     let input = MergeInput::standalone(source.chain().clone(), options, same, filled);
     let alignment = input.alignments(can.clone_alignment);
@@ -90,7 +96,8 @@ impl Clone<'_> {
         }
         output.need(cost.written_bytes())?;
         source.sound_metadata()?;
-        work.progress.phase("cloning", layout.moved_bytes() + layout.composed_bytes() + layout.compressed_bytes());
+        work.progress
+            .phase("cloning", layout.moved_bytes() + layout.composed_bytes() + layout.compressed_bytes());
         let layers: Vec<Image> = input.upper.images().cloned().collect();
         let below = |_: GuestOffset, buffer: &mut [u8]| {
             buffer.fill(0);
@@ -142,7 +149,8 @@ impl Clone<'_> {
         let is = tree.finish(size);
         if is != digest {
             let member = self.source.member().to_owned();
-            let message = format!("the new file was thrown away: its view digest is {is}, the member's {digest}");
+            let message =
+                format!("the new file was thrown away: its view digest is {is}, the member's {digest}");
             return Err(StoreError::Proof { member, message }.into());
         }
         let chain = OpenChain::of(vec![image.clone()]);
@@ -170,7 +178,8 @@ impl Clone<'_> {
             buffer.resize(expected.len() * BLOCK_LENGTH, 0);
             buffer.fill(0);
             read(first * BLOCK_BYTES, buffer)?;
-            let wrong = buffer.chunks(BLOCK_LENGTH).zip(expected).position(|(block, was)| leaf(block) != *was);
+            let wrong =
+                buffer.chunks(BLOCK_LENGTH).zip(expected).position(|(block, was)| leaf(block) != *was);
             match wrong {
                 Some(index) => Err(OpError::Store(self.source.blame(first + index as u64))),
                 None => Ok(()),
@@ -216,7 +225,12 @@ impl Clone<'_> {
             for (part, clones) in self.parts(&run?) {
                 match part.content {
                     Content::Data { layer, host } if clones => {
-                        batch.push(Move { source: layer, from: host.0, to: part.start.0, length: part.length });
+                        batch.push(Move {
+                            source: layer,
+                            from: host.0,
+                            to: part.start.0,
+                            length: part.length,
+                        });
                         if batch.len() >= BATCH {
                             flush(&mut batch)?;
                         }

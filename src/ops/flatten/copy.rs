@@ -1,8 +1,8 @@
 //! By copying: the canonical image, from its first byte to its last.
 
+use super::Work;
 use super::report::{How, Made};
 use super::target::{Output, failed};
-use super::Work;
 use crate::digest::is_zero;
 use crate::ops::{OpError, Result};
 use crate::qcow2::check::{Limits, check};
@@ -29,21 +29,22 @@ pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cach
     work.progress.phase("copying", layout.length());
     let raw = layout.form() == Form::Raw;
     let (mut written, mut last_drop) = (0, 0);
-    let digest = stream.read::<OpError>(0..layout.length(), Wanted::Digest, &work.job(), |offset, piece| {
-        let Piece::Bytes(bytes) = piece else { return Ok(()) };
-        written += if raw {
-            write_sparse(|at, part| file.write_at(at, part), offset, bytes).map_err(&failed)?
-        } else {
-            file.write_at(offset, bytes).map_err(&failed)?;
-            bytes.len() as u64
-        };
-        if !keep_cache && written >= last_drop + DROP_BYTES {
-            last_drop = written;
-            let _ = file.drop_cache();
-            source.drop_caches();
-        }
-        Ok(())
-    })?;
+    let digest =
+        stream.read::<OpError>(0..layout.length(), Wanted::Digest, &work.job(), |offset, piece| {
+            let Piece::Bytes(bytes) = piece else { return Ok(()) };
+            written += if raw {
+                write_sparse(|at, part| file.write_at(at, part), offset, bytes).map_err(&failed)?
+            } else {
+                file.write_at(offset, bytes).map_err(&failed)?;
+                bytes.len() as u64
+            };
+            if !keep_cache && written >= last_drop + DROP_BYTES {
+                last_drop = written;
+                let _ = file.drop_cache();
+                source.drop_caches();
+            }
+            Ok(())
+        })?;
     if let (Some(is), Some(was)) = (digest, source.digest())
         && is != was
     {

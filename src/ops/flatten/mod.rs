@@ -82,7 +82,7 @@ impl<'a> Work<'a> {
     /// What reading goes by.
     #[must_use]
     pub fn job(&self) -> Job<'a> {
-        Job { progress: self.progress, cancel: self.cancel, pace: self.pace }
+        Job { progress: self.progress, cancel: self.cancel, pace: self.pace, tolerant: false }
     }
 }
 
@@ -120,7 +120,8 @@ pub fn flatten(
     let output = Output::create(stores, target, request.form)?;
     let (source, made) = make(source, request, &output, work)?;
     source.unchanged()?;
-    let read = if request.read { Some(read_back(&source, request.form, &output, &made, work)?) } else { None };
+    let read =
+        if request.read { Some(read_back(&source, request.form, &output, &made, work)?) } else { None };
     if !request.keep_cache {
         // Best effort: memory that somebody else could use.
         let _ = output.file().drop_cache();
@@ -128,7 +129,8 @@ pub fn flatten(
     }
     work.cancel.check()?;
     let file_bytes = output.length()?;
-    let shown = output.publish(stores, target, &properties(request.form, source.virtual_size(), file_bytes))?;
+    let shown =
+        output.publish(stores, target, &properties(request.form, source.virtual_size(), file_bytes))?;
     Ok(report::report(&source, request, shown, file_bytes, &made, read.as_ref(), started))
 }
 
@@ -140,7 +142,9 @@ fn properties(form: Form, virtual_bytes: u64, file_bytes: u64) -> properties::Fa
 fn make(source: Source, request: &Request, output: &Output, work: &Work<'_>) -> Result<(Source, Made)> {
     if let Some((kind, level)) = request.compress {
         let Form::Qcow2(bits) = request.form else {
-            return Err(StoreError::Usage { detail: "a raw image has no compressed clusters".to_owned() }.into());
+            return Err(
+                StoreError::Usage { detail: "a raw image has no compressed clusters".to_owned() }.into()
+            );
         };
         let stream = Stream::new(source, Form::Qcow2(bits))?;
         let made = compress::write(&stream, kind, level, output, work)?;
@@ -157,7 +161,13 @@ fn make(source: Source, request: &Request, output: &Output, work: &Work<'_>) -> 
 }
 
 /// Reads the sealed image back from its store; gives how many bytes of view were proved.
-fn read_back(source: &Source, form: Form, output: &Output, made: &Made, work: &Work<'_>) -> Result<report::Read> {
+fn read_back(
+    source: &Source,
+    form: Form,
+    output: &Output,
+    made: &Made,
+    work: &Work<'_>,
+) -> Result<report::Read> {
     // Best effort: what comes from memory proves less.
     let _ = output.file().drop_cache();
     let is = match form {

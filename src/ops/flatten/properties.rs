@@ -53,12 +53,21 @@ mod tests {
 
     #[test]
     fn a_template_of_cloudstack() {
-        let place = Place { purpose: Purpose::Template, store: 0, account: 2, id: 203, name: "web-1".to_owned() };
+        let place =
+            Place { purpose: Purpose::Template, store: 0, account: 2, id: 203, name: "web-1".to_owned() };
         let facts = Facts { format: "qcow2", virtual_bytes: 1 << 30, file_bytes: 4096 };
         let text = text(&place, "web-1.qcow2", &facts);
         for line in [
-            "id=203", "uniquename=web-1", "filename=web-1.qcow2", "size=4096", "virtualsize=1073741824", "qcow2=true",
-            "qcow2.filename=web-1.qcow2", "qcow2.size=4096", "qcow2.virtualsize=1073741824", "physicalSize=4096",
+            "id=203",
+            "uniquename=web-1",
+            "filename=web-1.qcow2",
+            "size=4096",
+            "virtualsize=1073741824",
+            "qcow2=true",
+            "qcow2.filename=web-1.qcow2",
+            "qcow2.size=4096",
+            "qcow2.virtualsize=1073741824",
+            "physicalSize=4096",
         ] {
             assert!(text.lines().any(|one| one == line), "{line}: {text}");
         }

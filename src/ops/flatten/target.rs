@@ -58,7 +58,9 @@ impl Target {
         };
         let stat = match target.backend.stat(&target.path) {
             Ok(stat) if stat.kind == FileKind::File => stat,
-            Ok(_) => return Err(failed(&target.shown)(BackendError::NotPlain { path: target.shown.clone() })),
+            Ok(_) => {
+                return Err(failed(&target.shown)(BackendError::NotPlain { path: target.shown.clone() }));
+            }
             Err(BackendError::NotFound { .. }) => return Ok(()),
             Err(error) => return Err(failed(&target.shown)(error)),
         };
@@ -118,9 +120,17 @@ impl Output {
                 let failed = failed(&shown);
                 let directory = place.staging(backend.as_ref()).map_err(&failed)?;
                 backend.create_dir(&directory, false).map_err(&failed)?;
-                let path = directory.join(&name).map_err(|error| StoreError::Usage { detail: error.to_string() })?;
+                let path =
+                    directory.join(&name).map_err(|error| StoreError::Usage { detail: error.to_string() })?;
                 let file = backend.create(&path).map_err(&failed)?;
-                Ok(Self { backend, shown: shown.clone(), directory: Some(directory), path, file, done: false })
+                Ok(Self {
+                    backend,
+                    shown: shown.clone(),
+                    directory: Some(directory),
+                    path,
+                    file,
+                    done: false,
+                })
             }
         }
     }
@@ -172,7 +182,12 @@ impl Output {
     }
 
     /// Gives the image its name; says what that is.
-    pub(super) fn publish(mut self, stores: &Stores, target: &Target, facts: &properties::Facts) -> Result<String> {
+    pub(super) fn publish(
+        mut self,
+        stores: &Stores,
+        target: &Target,
+        facts: &properties::Facts,
+    ) -> Result<String> {
         let failed = failed(&self.shown);
         let named = match target {
             Target::File(target) => self.publish_file(target),
@@ -196,7 +211,8 @@ impl Output {
     }
 
     fn publish_file(&self, target: &FileTarget) -> std::result::Result<(), BackendError> {
-        let old = if target.overwrite { target.backend.open(&target.path) } else { Err(missing(&target.path)) };
+        let old =
+            if target.overwrite { target.backend.open(&target.path) } else { Err(missing(&target.path)) };
         match old {
             Ok(old) => {
                 take_identity(old.as_ref(), self.file.as_ref())?;

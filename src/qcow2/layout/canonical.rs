@@ -281,7 +281,9 @@ impl Canonical {
         let (geometry, size) = (&tables.geometry, tables.bits.bytes());
         if cluster == 0 {
             let from = usize::try_from(within).unwrap_or(usize::MAX);
-            part.iter_mut().zip(tables.head.get(from..).unwrap_or_default()).for_each(|(to, from)| *to = *from);
+            part.iter_mut()
+                .zip(tables.head.get(from..).unwrap_or_default())
+                .for_each(|(to, from)| *to = *from);
         } else if cluster < geometry.refcount_table {
             let first = cluster - geometry.l1;
             words(part, within, |index| {

@@ -30,7 +30,12 @@ fn general(canonical: &Canonical, bits: ClusterBits) -> (Vec<u8>, Vec<(u64, u64,
     let size = canonical.virtual_size;
     let options = canonical.form.options(size, CompressionType::Zlib);
     let file_length = size + 2 * bits.bytes();
-    let source = SourceFacts { cluster_bits: bits, compression: CompressionType::Zlib, virtual_size: size, file_length };
+    let source = SourceFacts {
+        cluster_bits: bits,
+        compression: CompressionType::Zlib,
+        virtual_size: size,
+        file_length,
+    };
     let map = runs(canonical, bits);
     let layout = Layout::plan(&options, &[source], map.iter().copied().map(Ok)).unwrap();
     assert_eq!(layout.file_length(), canonical.length());

@@ -59,7 +59,19 @@ impl Packed {
         let data_at = l2_at + tables * size;
         let (l1, counts) = (Vec::new(), Vec::new());
         let (l1_at, end, open) = (size, data_at, (data_at, data_at));
-        Self { options, format, l1_at, l2_at, tables_reserved: tables, l1, table: None, end, open, data_at, counts }
+        Self {
+            options,
+            format,
+            l1_at,
+            l2_at,
+            tables_reserved: tables,
+            l1,
+            table: None,
+            end,
+            open,
+            data_at,
+            counts,
+        }
     }
 
     /// Places the guest's cluster `number`; they come in ascending order. Gives where its bytes go, and a table that is
@@ -78,7 +90,8 @@ impl Packed {
         };
         let per_table = self.format.entries_per_table();
         let (index, slot) = (number / per_table, number % per_table);
-        let done = if self.table.as_ref().is_some_and(|(open, _)| *open != index) { self.flush()? } else { None };
+        let done =
+            if self.table.as_ref().is_some_and(|(open, _)| *open != index) { self.flush()? } else { None };
         let size = usize::try_from(self.options.cluster_bits.bytes()).unwrap_or_default();
         let (_, bytes) = self.table.get_or_insert_with(|| (index, vec![0; size]));
         let (word, _) = self.format.encode(entry).ok_or_else(|| too_large("a cluster lies too far out"))?;
@@ -167,14 +180,17 @@ impl Packed {
         let cluster = usize::try_from(size).unwrap_or_default();
         for block in 0..blocks {
             let mut bytes = vec![0; cluster];
-            for (index, number) in (block * per_block..((block + 1) * per_block).min(length / size)).enumerate() {
+            for (index, number) in
+                (block * per_block..((block + 1) * per_block).min(length / size)).enumerate()
+            {
                 // Within the block by the loop's bounds.
                 let _ = width.set(&mut bytes, index, self.references(number * size));
             }
             writes.push((blocks_at + block * size, bytes));
         }
         writes.push((table_at, list(blocks, table * size, |index| blocks_at + index * size)));
-        let mut l1 = vec![0; usize::try_from(self.options.cluster_bits.round_up(l1_entries * 8)).unwrap_or_default()];
+        let mut l1 =
+            vec![0; usize::try_from(self.options.cluster_bits.round_up(l1_entries * 8)).unwrap_or_default()];
         for (index, at) in &self.l1 {
             let place = usize::try_from(index * 8).unwrap_or(usize::MAX);
             if let Some(place) = l1.get_mut(place..place.saturating_add(8)) {

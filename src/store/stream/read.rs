@@ -60,7 +60,12 @@ enum What {
     Zeros,
     Metadata,
     /// Whole units of the view, from `guest` on, and what their blocks hash to.
-    Data { guest: u64, length: u64, runs: Vec<Run>, expected: Option<Vec<Digest>> },
+    Data {
+        guest: u64,
+        length: u64,
+        runs: Vec<Run>,
+        expected: Option<Vec<Digest>>,
+    },
 }
 
 /// As [`Stream::read`](super::Stream::read); the range ends with the image.
@@ -231,7 +236,8 @@ fn fill(source: &Source, layout: &Canonical, item: &mut Item, hash: bool) -> Res
         return Ok(());
     }
     let first = guest / BLOCK_BYTES;
-    let blocks = usize::try_from(block_count(layout.virtual_size()).saturating_sub(first)).unwrap_or(usize::MAX);
+    let blocks =
+        usize::try_from(block_count(layout.virtual_size()).saturating_sub(first)).unwrap_or(usize::MAX);
     item.leaves = item.bytes.chunks(BLOCK_LENGTH).take(blocks).map(leaf).collect();
     if let Some(expected) = expected
         && let Some(bad) = item.leaves.iter().zip(expected).position(|(is, was)| is != was)

@@ -85,8 +85,15 @@ impl Source {
             };
             if let Some(quarantine) = known.manifest().and_then(|manifest| manifest.quarantine.as_ref()) {
                 if !force {
-                    let message = format!("it was found damaged: {}; --force takes it all the same", quarantine.message);
-                    return Err(StoreError::Damaged { code: Code::Quarantined, member: name.clone(), message });
+                    let message = format!(
+                        "it was found damaged: {}; --force takes it all the same",
+                        quarantine.message
+                    );
+                    return Err(StoreError::Damaged {
+                        code: Code::Quarantined,
+                        member: name.clone(),
+                        message,
+                    });
                 }
                 self.forced = true;
             }
@@ -192,7 +199,11 @@ impl Source {
         members.into_par_iter().with_max_len(1).try_for_each(|((image, manifest), name)| {
             if fingerprint_of(image, name)? != manifest.meta_blake3 {
                 let message = "its header or tables changed, although nothing wrote to the file".to_owned();
-                return Err(StoreError::Damaged { code: Code::MetadataDamaged, member: name.clone(), message });
+                return Err(StoreError::Damaged {
+                    code: Code::MetadataDamaged,
+                    member: name.clone(),
+                    message,
+                });
             }
             Ok(())
         })
@@ -212,7 +223,8 @@ impl Source {
         let mut filled = Filled::new(size, form);
         let Some(known) = &self.known else {
             for run in self.chain.map() {
-                let run = run.map_err(|source| StoreError::Image { member: self.member().to_owned(), source })?;
+                let run =
+                    run.map_err(|source| StoreError::Image { member: self.member().to_owned(), source })?;
                 if matches!(run.content, Content::Data { .. } | Content::Compressed { .. }) {
                     filled.add(run.start.0, run.end().0);
                 }
@@ -233,8 +245,14 @@ impl Source {
         })
         .map_err(|source| self.failed(source))?;
         if tree.finish(size) != known.digest {
-            let message = "what is known of it does not fit what is known of the members below: adopt it again".to_owned();
-            return Err(StoreError::Damaged { code: Code::ParentChanged, member: self.member().to_owned(), message });
+            let message =
+                "what is known of it does not fit what is known of the members below: adopt it again"
+                    .to_owned();
+            return Err(StoreError::Damaged {
+                code: Code::ParentChanged,
+                member: self.member().to_owned(),
+                message,
+            });
         }
         Ok(filled.finish())
     }
@@ -248,7 +266,8 @@ impl Source {
             match seen {
                 Seen::Leaf(leaf) => leaves.push(leaf),
                 Seen::Zeros(count) => {
-                    leaves.extend(std::iter::repeat_n(zero_leaf(), usize::try_from(count).unwrap_or_default()));
+                    leaves
+                        .extend(std::iter::repeat_n(zero_leaf(), usize::try_from(count).unwrap_or_default()));
                 }
             }
             Ok(())
@@ -306,7 +325,8 @@ fn stamp(image: &Image) -> Result<(FileId, FileMark)> {
 fn fingerprint_of(image: &Image, name: &str) -> Result<Digest> {
     let (_, taken) = fingerprint(image, &Limits::default())
         .map_err(|source| StoreError::Image { member: name.to_owned(), source })?;
-    Ok(taken.meta)
+    // One that cannot be told is none that was taken down.
+    Ok(taken.map_or(Digest([0; 32]), |taken| taken.meta))
 }
 
 /// The manifest that holds for a member, or why there is none. One whose file was touched holds as long as its tables

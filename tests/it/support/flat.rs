@@ -93,7 +93,7 @@ pub fn stream_of(root: &Path, member: &str, form: Form) -> Result<Stream> {
 /// Some bytes of a stream.
 pub fn read(stream: &Stream, start: u64, end: u64) -> std::result::Result<Vec<u8>, StoreError> {
     let (cancel, pace) = (Cancel::default(), Pace::default());
-    let job = Job { progress: &Silent, cancel: &cancel, pace: &pace };
+    let job = Job { progress: &Silent, cancel: &cancel, pace: &pace, tolerant: false };
     let mut bytes = Vec::new();
     stream.read::<StoreError>(start..end, Wanted::Bytes, &job, |at, piece| {
         assert_eq!(at, start + bytes.len() as u64, "pieces follow each other");
