@@ -66,8 +66,11 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let ready = published && now >= decided.grace_until();
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
+            // A name that went, went when all was published, whatever others did to a survivor since.
+            let went =
+                named.is_none() && stat(&at, &departure.kept)?.is_some_and(|found| departure.is(&found));
             let waiting = match named {
-                None if !ready || !leaves_something(&at, decided, departure, ends)? => None,
+                None if !(ready || went) || !leaves_something(&at, decided, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
