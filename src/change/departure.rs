@@ -66,11 +66,9 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let ready = published && now >= decided.grace_until();
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
-            // A name that went, went when all was published, whatever others did to a survivor since.
-            let went =
-                named.is_none() && stat(&at, &departure.kept)?.is_some_and(|found| departure.is(&found));
+            let ready = ready || named.is_none() && is_kept(&at, departure)?;
             let waiting = match named {
-                None if !(ready || went) || !leaves_something(&at, decided, departure, ends)? => None,
+                None if !ready || !leaves_something(&at, decided, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
                     &at,
@@ -124,12 +122,18 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
     Ok(outcomes)
 }
 
+/// Whether a member's file is where deleted ones are kept. A name that went, went when all was published, whatever others
+/// did to a survivor since.
+fn is_kept(at: &At<'_>, departure: &Departure) -> Result<bool> {
+    Ok(stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)))
+}
+
 /// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
 /// the file was looked at once more that is the survivor's by now. Before its end (`ends`) a kept file is
 /// reason enough, and as long as nobody has noted his second look: whoever let the name go may have died
 /// before it.
 fn leaves_something(at: &At<'_>, decided: &Decided<'_>, departure: &Departure, ends: bool) -> Result<bool> {
-    if stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)) {
+    if is_kept(at, departure)? {
         let home =
             At { backend: decided.site.backend(decided.home)?, key: at.key.clone(), name: at.name.clone() };
         if ends || departure.becomes.is_some() || stat(&home, &second_look(decided))?.is_none() {
