@@ -9,7 +9,9 @@ use std::fmt;
 pub const SECTOR_BYTES: u64 = 512;
 
 /// The unit of digests: a block is 64 KiB of a view, aligned, whatever the cluster size (design, "block").
-pub const BLOCK_BYTES: u64 = 64 * 1024;
+pub const BLOCK_BYTES: u64 = BLOCK_LENGTH as u64;
+/// The same as an index.
+pub const BLOCK_LENGTH: usize = 64 * 1024;
 
 /// A byte offset in a guest disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

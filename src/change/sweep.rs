@@ -12,9 +12,9 @@ use crate::change::site::Site;
 use crate::change::stub::stand_down;
 use crate::change::yard::{self, Yard};
 use crate::ids::StorePath;
-use crate::store::StoreError;
-use crate::store::manifest::shelf::Shelf;
+use crate::store::manifest::shelf::Sweep;
 use crate::store::record::own;
+use crate::store::{Result as StoreResult, StoreError};
 
 /// Temporaries of no known operation are left alone for this long, in nanoseconds, unless it is certain that
 /// nobody of this host is at work: another host may just be writing one. One day.
@@ -48,19 +48,21 @@ pub fn end(site: &Site<'_>, journal: &Journal, name: &IntentName) -> Result<()> 
 /// Removes manifests and leaf tables of files that no name stands for any more, if no operation is open on any store:
 /// one might bring an old file back. Gives how many went.
 pub fn manifests(site: &Site<'_>) -> Result<u64> {
+    // First the files, then the intents: what a change makes after this look is not looked at.
+    let listed = site.stores.iter().map(|(_, store)| Sweep::list(store)).collect::<StoreResult<Vec<_>>>()?;
     for (_, store) in site.stores.iter() {
         if !Journal::new(store.backend()).intents()?.is_empty() {
             return Ok(0);
         }
     }
     let mut removed = 0;
-    for (_, store) in site.stores.iter() {
+    for ((_, store), listed) in site.stores.iter().zip(listed) {
         let stat = |member: &StorePath| match store.backend().stat(member) {
             Ok(stat) => Ok(Some(stat)),
             Err(BackendError::NotFound { .. }) => Ok(None),
             Err(source) => Err(StoreError::backend(store, source)),
         };
-        removed += Shelf::sweep(store, &stat)?;
+        removed += listed.carry_out(store, &stat)?;
     }
     Ok(removed)
 }

@@ -5,12 +5,10 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use serde::Serialize;
-
 use super::context::{self, Context};
 use super::error::{CliError, Exit, Result};
-use super::merges::{self, Manner, Shown, exit, nanoseconds, start};
-use super::reclaim::{Ledger, Made, Rows, Source, finish, write_rows};
+use super::merges::{Manner, Shown, exit, nanoseconds, start};
+use super::reclaim::{Document, Ledger, Rows, Source, finish, write_rows};
 use super::{members, metrics, output};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
@@ -75,16 +73,6 @@ impl Args {
         }
         given.then(|| Source::open(self.records.as_deref(), self.database.as_deref())).transpose()
     }
-}
-
-/// What `--json` shows.
-#[derive(Serialize)]
-struct Document<'a> {
-    #[serde(flatten)]
-    merges: merges::Document<'a>,
-    /// Changes of rows, tree by tree.
-    rows: &'a [Made],
-    findings: &'a [Finding],
 }
 
 /// Chooses, plans, asks, makes bases.

@@ -1,13 +1,10 @@
 //! `qchain digest`.
 
 use std::path::Path;
-use std::sync::Arc;
 
+use super::beside::{self, Beside};
 use super::context::Context;
 use super::error::{CliError, Exit, Result};
-use crate::backend::Backend;
-use crate::backend::posix::PosixStore;
-use crate::ids::StorePath;
 use crate::ops::digest::{DigestReport, of_file, of_member};
 use crate::store::StoreError;
 use crate::store::names::resolve_one;
@@ -48,22 +45,9 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 
 /// The digest of a file that is named by its path.
 fn of_path(context: &Context, args: &Args) -> Result<DigestReport> {
-    let not_found = || StoreError::NotFound { name: args.member.clone() };
+    let Beside { root, backend, file } = beside::open(&args.member)?;
     let path = Path::new(&args.member);
-    let absolute = std::path::absolute(path).map_err(|_| not_found())?;
-    let (Some(directory), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Err(not_found().into());
-    };
-    let (Some(root), Some(name)) = (directory.to_str(), name.to_str()) else {
-        return Err(CliError::usage(format!("{}: the path is not UTF-8", args.member)));
-    };
-    let file = StorePath::parse(name).map_err(|error| CliError::usage(error.to_string()))?;
-    let opened = PosixStore::open(directory).map_err(|source| match source {
-        crate::backend::BackendError::NotFound { .. } => not_found(),
-        source => StoreError::Backend { store: root.to_owned(), source },
-    })?;
-    let backend: Arc<dyn Backend> = Arc::new(opened);
     let raw = args.raw || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("raw"));
-    let report = of_file(&backend, root, &file, raw, context.progress(), &context.cancel)?;
+    let report = of_file(&backend, &root, &file, raw, context.progress(), &context.cancel)?;
     Ok(DigestReport { member: args.member.clone(), ..report })
 }

@@ -12,9 +12,7 @@ use super::values;
 use crate::backend::BackendError;
 use crate::backend::posix::{PosixStore, StandardOutput};
 use crate::change::Guard;
-use crate::failure::Code;
 use crate::ids::StorePath;
-use crate::ops::OpError;
 use crate::ops::flatten::{
     Arrangement, FileTarget, FlattenReport, Place, Purpose, Request, Target, Work, flatten, pipe_report,
     stream,
@@ -23,7 +21,7 @@ use crate::progress::Pace;
 use crate::qcow2::CompressionType;
 use crate::qcow2::layout::canonical::Form;
 use crate::store::names::resolve_one;
-use crate::store::scan::{Incoming, Scan};
+use crate::store::scan::Scan;
 use crate::store::stream::{Piece, Stream, Wanted};
 use crate::store::{StoreError, Stores};
 use crate::units::ClusterBits;
@@ -249,14 +247,6 @@ fn request(
     compress: Option<(CompressionType, i32)>,
 ) -> Result<Request> {
     let member = resolve_one(stores, scan, &args.member)?;
-    let line = std::iter::once(member).chain(scan.graph.ancestors(member).unwrap_or_default());
-    for id in line {
-        if scan.member(id).is_some_and(|member| member.incoming == Some(Incoming::Writer)) {
-            let member = stores.display(&scan.graph.node(id).key);
-            let message = "QEMU has it open for writing".to_owned();
-            return Err(OpError::Refused { code: Code::Incoming, member, message }.into());
-        }
-    }
     let arrangement = match args.layout {
         Some(LayoutChoice::Canonical) => Arrangement::Canonical,
         Some(LayoutChoice::Cheapest) | None => Arrangement::Cheapest,

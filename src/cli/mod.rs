@@ -10,6 +10,7 @@
 mod adopt;
 mod audit;
 mod bar;
+mod beside;
 mod cache;
 mod config;
 mod config_check;

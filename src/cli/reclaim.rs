@@ -79,14 +79,14 @@ pub enum Rows {
     Apply,
 }
 
-/// What `--json` shows.
+/// What `--json` shows: what was merged, and what became of rows.
 #[derive(Serialize)]
-struct Document<'a> {
+pub struct Document<'a> {
     #[serde(flatten)]
-    merges: merges::Document<'a>,
+    pub merges: merges::Document<'a>,
     /// Changes of rows, tree by tree.
-    rows: &'a [Made],
-    findings: &'a [Finding],
+    pub rows: &'a [Made],
+    pub findings: &'a [Finding],
 }
 
 /// Finds, plans, asks, merges.

@@ -1,18 +1,15 @@
 //! `qchain repair`.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
+use super::beside::{self, Beside};
 use super::context::Context;
-use super::error::{CliError, Exit, Result};
+use super::error::{Exit, Result};
 use super::merges::{nanoseconds, start};
 use super::{metrics, stores, values};
-use crate::backend::Backend;
-use crate::backend::posix::PosixStore;
 use crate::ids::StorePath;
 use crate::ops::repair::{Request, Source, repair};
-use crate::store::StoreError;
 use crate::store::names::resolve_one;
 
 /// Flags of `repair`.
@@ -48,7 +45,8 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     stores.check_writable()?;
     let site = context.site(&stores);
     site.pace.set(args.rate.unwrap_or(context.settings.limits.rate.0));
-    let guard = start(context, &site)?;
+    // A call that changes nothing recovers nothing, either.
+    let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
     let scan = context.scan(&stores, true)?;
     let target = resolve_one(&stores, &scan, &args.member)?;
     let key = &scan.graph.node(target).key;
@@ -58,8 +56,8 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         context.confirm(&plan, args.yes)?;
     }
     let retention_ns = nanoseconds(args.retention.unwrap_or(context.settings.safety.retention.0));
-    let request = Request { target, sources, dry_run: args.dry_run, retention_ns };
-    let report = repair(&site, &scan, &request, &guard, context.progress(), &context.cancel)?;
+    let request = Request { target, sources, retention_ns };
+    let report = repair(&site, &scan, &request, guard.as_ref(), context.progress(), &context.cancel)?;
     context.print(&report, |out| {
         writeln!(out, "{}: {}: {} bad blocks", report.status, report.member, report.blocks)?;
         if report.metadata {
@@ -75,22 +73,12 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 
 /// Opens a place where good blocks may be.
 fn source(context: &Context, from: &str, member: &StorePath) -> Result<Source> {
-    let not_found = || StoreError::NotFound { name: from.to_owned() };
     if from.contains("://") || Path::new(from).is_dir() {
         let configs = stores::configured(&[from.to_owned()], &context.settings.stores)?;
         let other = stores::open(configs)?;
         let scan = context.scan(&other, true)?;
         return Ok(Source::of_store(from, &other, &scan, member)?);
     }
-    let absolute = std::path::absolute(from).map_err(|_| not_found())?;
-    let (Some(directory), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Err(not_found().into());
-    };
-    let (Some(root), Some(name)) = (directory.to_str(), name.to_str()) else {
-        return Err(CliError::usage(format!("{from}: the path is not UTF-8")));
-    };
-    let file = StorePath::parse(name).map_err(|error| CliError::usage(error.to_string()))?;
-    let opened = PosixStore::open(directory).map_err(|_| not_found())?;
-    let backend: Arc<dyn Backend> = Arc::new(opened);
-    Ok(Source::of_file(from, &backend, root, &file)?)
+    let Beside { root, backend, file } = beside::open(from)?;
+    Ok(Source::of_file(from, &backend, &root, &file)?)
 }

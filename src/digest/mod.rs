@@ -19,13 +19,9 @@ mod tree;
 pub mod view;
 
 use crate::ids::Digest;
-use crate::units::BLOCK_BYTES;
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH};
 
 pub use tree::{FAN_OUT, TreeBuilder, zero_leaf};
-
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
-const _: () = assert!(BLOCK_LENGTH as u64 == BLOCK_BYTES);
 
 /// A block of zeros: the padding of a short block.
 static ZEROS: [u8; BLOCK_LENGTH] = [0; BLOCK_LENGTH];

@@ -21,7 +21,7 @@ use crate::qcow2::write::clonable;
 use crate::qcow2::{ExtentKind, Image};
 use crate::store::chain::OpenChain;
 use crate::store::error::{Result, StoreError};
-use crate::store::manifest::leaves::{LeafError, LeafFile, LeafSink};
+use crate::store::manifest::leaves::{self, LeafError, LeafFile, LeafSink};
 use crate::store::manifest::reads::{self, Reads};
 use crate::store::manifest::shelf::{self, Known, Shelf};
 use crate::store::manifest::{Binding, FileMark, Manifest, TableMark, stem};
@@ -119,20 +119,16 @@ impl Attestor {
         for (index, id) in upper.iter().chain(&lower).enumerate() {
             let key = &scan.graph.node(*id).key;
             let (store, name) = (stores.get(key.store)?, stores.display(key));
-            let known = match (shelves.get(key.store), scan.member(*id)) {
-                (Some(manifests), Some(member)) => manifests.find(store, &key.path, &member.stat)?,
-                _ => Known::Nothing,
-            };
+            let known = shelf::known(stores, scan, shelves, *id)?;
             survivor_known &= index > 0 || known != Known::Nothing;
             let merged = images.get(index).filter(|_| index < upper.len());
             match judge(&known, merged.copied(), &name)? {
                 Judged::Good(manifest) => {
-                    match LeafFile::open(store.backend().as_ref(), &manifest.leaves) {
+                    match leaves::usable(store, &name, &manifest.leaves)? {
                         Ok(table) => tables.push(table),
-                        Err(LeafError::Fault { .. }) => {
-                            missing.get_or_insert_with(|| format!("the leaf table of {name} is damaged"));
+                        Err(why) => {
+                            missing.get_or_insert(why);
                         }
-                        Err(source) => return Err(StoreError::Leaves { member: name, source }),
                     }
                     if index < upper.len() {
                         let read = reads::load(store.backend(), &key.path, manifest.file.inode)
@@ -177,7 +173,7 @@ impl Attestor {
         let Made { input, layout, new, alignment, now_ns, cancel, pace } = *made;
         let member = self.survivor.member.to_string();
         let image = |source| StoreError::Image { member: member.clone(), source };
-        let leaves = |source| StoreError::Leaves { member: member.clone(), source };
+        let unread = |source| StoreError::Leaves { member: member.clone(), source };
         let failed = |detail: String| StoreError::Proof {
             member: member.clone(),
             message: format!("the new file was thrown away: {detail}"),
@@ -191,7 +187,7 @@ impl Attestor {
             || fingerprint(new, &Limits::default()),
             || {
                 let data_bytes = self.compare(&chain, &read, &job)?;
-                let sink = LeafSink::create(store.backend().as_ref(), size).map_err(leaves)?;
+                let sink = LeafSink::create(store.backend().as_ref(), size).map_err(unread)?;
                 Ok::<_, StoreError>((data_bytes, self.table(sink, new, size)?))
             },
         );
@@ -199,11 +195,11 @@ impl Attestor {
         let Some(taken) = taken.filter(|_| !report.is_damaged()) else {
             return Err(failed("its structure is not sound".to_owned()));
         };
-        let mut file = LeafFile::open(store.backend().as_ref(), &table).map_err(leaves)?;
+        let mut file = leaves::open(store, &member, &table)?;
         let lower = self.tables.len() - self.below.min(self.tables.len());
         let below = self.tables.iter_mut().skip(lower);
         let mut layers: Vec<&mut LeafFile> = std::iter::once(&mut file).chain(below).collect();
-        let digest = view_digest(&mut layers).map_err(leaves)?;
+        let digest = view_digest(&mut layers).map_err(unread)?;
         if digest != self.survivor.view_digest {
             return Err(failed(format!(
                 "its view digest is {digest}, the survivor's {}",

@@ -4,15 +4,15 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::digest::view::{Leaves, Says, Seen, look, walk};
-use crate::digest::{block_count, zero_leaf};
-use crate::failure::Failure as _;
+use crate::digest::{block_count, leaf, zero_leaf};
+use crate::failure::{Code, Failure as _};
 use crate::ids::Digest;
 use crate::qcow2::ImageError;
 use crate::store::chain::OpenChain;
 use crate::store::error::{Result, StoreError};
 use crate::store::manifest::leaves::{LeafError, LeafFile};
 use crate::store::measure::{Job, Part, measure};
-use crate::units::BLOCK_BYTES;
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 
 /// What reading a member told.
 #[derive(Debug, Default)]
@@ -185,6 +185,32 @@ fn leaf_of(tables: &mut [LeafFile], layer: Option<usize>, says: Says, block: u64
 
 fn leaves_failed(source: LeafError) -> StoreError {
     StoreError::Leaves { member: String::new(), source }
+}
+
+/// The lowest member of a chain whose own block is not what it was, of those that a bad block of the chain's view is put
+/// together from; 0 is the newest. `tables` are the members', newest first.
+pub fn blame(chain: &OpenChain, tables: &mut [LeafFile], block: u64) -> Result<usize> {
+    let mut buffer = vec![0; BLOCK_LENGTH];
+    for (layer, table) in tables.iter_mut().enumerate().skip(1).rev() {
+        if block >= block_count(table.virtual_size()) {
+            continue;
+        }
+        let wanted = match table.stretch(block).map_err(leaves_failed)?.says {
+            Says::Nothing => continue,
+            Says::Zeros => zero_leaf(),
+            Says::Leaf => table.leaf(block).map_err(leaves_failed)?,
+        };
+        let (_, below) = chain.split(layer);
+        match below.read(GuestOffset(block * BLOCK_BYTES), &mut buffer) {
+            Ok(()) if leaf(&buffer) == wanted => {}
+            Err(source) if source.code() != Code::BadCompression => {
+                let member = source.member().unwrap_or_default().to_owned();
+                return Err(StoreError::Image { member, source });
+            }
+            Ok(()) | Err(_) => return Ok(layer),
+        }
+    }
+    Ok(0)
 }
 
 /// What measuring fails with.

@@ -13,7 +13,7 @@ use crate::progress::{Cancel, Progress};
 use crate::qcow2::image::MIN_WINDOW_BYTES;
 use crate::qcow2::{Content, ImageError, Run};
 use crate::store::chain::OpenChain;
-use crate::units::{BLOCK_BYTES, GuestOffset, HostOffset};
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 
 /// The most that is read and hashed in one go: whole clusters of any size, so that no compressed one is
 /// decompressed for two pieces.
@@ -22,9 +22,7 @@ const PIECE_BYTES: u64 = 2 << 20;
 const BATCH_BYTES: u64 = 32 << 20;
 /// How many runs a batch has at most.
 const BATCH_RUNS: usize = 65_536;
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
-const _: () = assert!(BLOCK_LENGTH as u64 == BLOCK_BYTES && MIN_WINDOW_BYTES <= BLOCK_LENGTH);
+const _: () = assert!(MIN_WINDOW_BYTES <= BLOCK_LENGTH);
 
 type Result<T> = std::result::Result<T, ImageError>;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::support::chains::{assert_true, write_truth};
 use super::support::qemu::{must, text};
-use super::support::world::World;
+use super::support::world::{World, listing};
 
 /// A store of three members, adopted, and a copy of it elsewhere; the truth of each member.
 struct Places {
@@ -83,7 +83,10 @@ fn blocks_come_from_a_copy_of_the_chain_a_raw_image_or_a_template() {
         places.rot("b", host(&places.world.member("b"), 1 << 20), &vec![7; 70_000]);
         assert_eq!(places.verdict("b"), "damaged");
         let before = fs::read(places.world.member("a")).unwrap();
-        let (exit, document) = places.world.run(&["repair", "b", "--from", text(&from), "--dry-run"]);
+        let own = listing(&places.world.root());
+        let (exit, document) =
+            places.world.run(&["--read-only", "repair", "b", "--from", text(&from), "--dry-run"]);
+        assert_eq!(listing(&places.world.root()), own, "a dry run writes nothing");
         assert_eq!(
             (exit, document["status"].as_str(), document["blocks"].as_u64()),
             (0, Some("repairable"), Some(2))

@@ -24,7 +24,7 @@ use crate::ops::{OpError, Result};
 use crate::progress::{Cancel, Pace, Progress};
 use crate::store::manifest::Manifest;
 use crate::store::manifest::leaves::LeafFile;
-use crate::store::manifest::shelf::{Known, Shelf};
+use crate::store::manifest::shelf::{self, Shelf};
 use crate::store::measure::Job;
 use crate::store::scan::{Finding, Incoming, Scan};
 use crate::store::{StoreError, Stores};
@@ -191,7 +191,9 @@ impl Context<'_> {
     ) -> Result<Option<(Manifest, LeafFile)>> {
         let key = &self.scan.graph.node(id).key;
         let name = self.stores.display(key);
-        let Some(member) = self.scan.member(id) else { return Ok(None) };
+        if self.scan.member(id).is_none() {
+            return Ok(None);
+        }
         if let Some((code, message)) = self.unfit(id, path) {
             // What a run over everything passes by is told by `list`.
             if self.request.named && self.request.targets.contains(&id) || code.severity() == Severity::Error
@@ -200,11 +202,7 @@ impl Context<'_> {
             }
             return Ok(None);
         }
-        let store = self.stores.get(key.store)?;
-        let known = match self.shelves.get(key.store) {
-            Some(manifests) => manifests.find(store, &key.path, &member.stat)?,
-            None => Known::Nothing,
-        };
+        let known = shelf::known(self.stores, self.scan, self.shelves, id)?;
         match self.take(id, &known, path) {
             Ok(one::Taken { manifest, leaves, new }) => {
                 report.adopted.push(Adopted {

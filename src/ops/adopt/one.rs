@@ -12,7 +12,7 @@ use crate::qcow2::Image;
 use crate::qcow2::check::Limits;
 use crate::qcow2::fingerprint::{Fingerprint, fingerprint};
 use crate::store::chain::OpenChain;
-use crate::store::manifest::leaves::{LeafError, LeafFile, LeafSink};
+use crate::store::manifest::leaves::{self, LeafError, LeafFile, LeafSink};
 use crate::store::manifest::reads::{self, Reads};
 use crate::store::manifest::shelf::{self, Known};
 use crate::store::manifest::{Binding, FileMark, ImageFacts, Manifest, TableMark, stem};
@@ -53,7 +53,7 @@ impl Context<'_> {
                 let message = format!("it was found damaged: {}", quarantine.message);
                 return Err(OpError::Refused { code: Code::Quarantined, member: name, message });
             }
-            if let Ok(leaves) = LeafFile::open(store.backend().as_ref(), &manifest.leaves)
+            if let Ok(leaves) = leaves::open(store, &name, &manifest.leaves)
                 && manifest.quarantine.is_none()
             {
                 match self.bind(id, manifest, parent.clone(), leaves, path) {
@@ -67,8 +67,7 @@ impl Context<'_> {
             }
         }
         let measured = self.measure(id, store)?;
-        let mut leaves = LeafFile::open(store.backend().as_ref(), &measured.table)
-            .map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
+        let mut leaves = leaves::open(store, &name, &measured.table)?;
         let digest = digest_over(&mut leaves, path)
             .map_err(|source| StoreError::Leaves { member: name.clone(), source })?;
         let before = match known {

@@ -23,10 +23,8 @@ use crate::store::measure::{Decided, decided};
 use crate::store::merge::MergeInput;
 use crate::store::prove::prove;
 use crate::store::stream::Source;
-use crate::units::{BLOCK_BYTES, GuestOffset};
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
 /// How many clones are asked for at once.
 const BATCH: usize = 4096;
 /// How many blocks are read back at once by one thread.

@@ -11,10 +11,8 @@ use crate::qcow2::{Content, Image};
 use crate::store::StoreError;
 use crate::store::chain::OpenChain;
 use crate::store::stream::{Piece, Stream, Wanted};
-use crate::units::BLOCK_BYTES;
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH};
 
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
 /// How much is written before the caches are dropped.
 const DROP_BYTES: u64 = 256 << 20;
 

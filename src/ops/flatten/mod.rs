@@ -25,6 +25,7 @@ pub use report::{Claim, FlattenReport, How, pipe_report};
 pub use target::{FileTarget, Target};
 
 use crate::chain::graph::NodeId;
+use crate::failure::Code;
 use crate::ops::{OpError, Result};
 use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::layout::canonical::Form;
@@ -32,7 +33,7 @@ use crate::qcow2::{CompressionType, Image};
 use crate::store::chain::OpenChain;
 use crate::store::digest::{raw_digest, view_digest};
 use crate::store::measure::Job;
-use crate::store::scan::Scan;
+use crate::store::scan::{Incoming, Scan};
 use crate::store::stream::{Source, Stream};
 use crate::store::{StoreError, Stores};
 use report::Made;
@@ -92,7 +93,7 @@ impl<'a> Work<'a> {
 ///
 /// As [`Source::open`] and [`Stream::new`].
 pub fn stream(stores: &Stores, scan: &Scan, request: &Request) -> Result<Stream> {
-    let source = Source::open(stores, scan, request.member, request.force)?;
+    let source = open(stores, scan, request)?;
     Ok(Stream::new(source, request.form)?)
 }
 
@@ -114,7 +115,7 @@ pub fn flatten(
     work: &Work<'_>,
 ) -> Result<FlattenReport> {
     let started = Instant::now();
-    let source = Source::open(stores, scan, request.member, request.force)?;
+    let source = open(stores, scan, request)?;
     target.check(stores, scan, &source)?;
     work.cancel.check()?;
     let output = Output::create(stores, target, request.form)?;
@@ -132,6 +133,19 @@ pub fn flatten(
     let shown =
         output.publish(stores, target, &properties(request.form, source.virtual_size(), file_bytes))?;
     Ok(report::report(&source, request, shown, file_bytes, &made, read.as_ref(), started))
+}
+
+/// Opens what is to be flattened; a member that somebody writes is busy.
+fn open(stores: &Stores, scan: &Scan, request: &Request) -> Result<Source> {
+    let ancestors = scan.graph.ancestors(request.member).unwrap_or_default();
+    for id in std::iter::once(request.member).chain(ancestors) {
+        if scan.member(id).is_some_and(|member| member.incoming == Some(Incoming::Writer)) {
+            let member = stores.display(&scan.graph.node(id).key);
+            let message = "QEMU has it open for writing".to_owned();
+            return Err(OpError::Refused { code: Code::Incoming, member, message });
+        }
+    }
+    Ok(Source::open(stores, scan, request.member, request.force)?)
 }
 
 fn properties(form: Form, virtual_bytes: u64, file_bytes: u64) -> properties::Facts {

@@ -7,6 +7,7 @@
 
 mod source;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
@@ -28,13 +29,13 @@ use crate::qcow2::fingerprint::{Fingerprint, fingerprint};
 use crate::qcow2::{ExtentKind, Image};
 use crate::store::chain::{OpenChain, open_image};
 use crate::store::compare::{Expected, compare};
-use crate::store::manifest::leaves::LeafFile;
+use crate::store::manifest::leaves::{self, LeafFile};
 use crate::store::manifest::shelf::{self, Known, Shelf};
 use crate::store::manifest::{FileMark, Manifest};
 use crate::store::measure::Job;
 use crate::store::scan::Scan;
 use crate::store::{Store, StoreError, Stores};
-use crate::units::{BLOCK_BYTES, GuestOffset};
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 
 pub use source::Source;
 
@@ -44,8 +45,6 @@ pub struct Request {
     pub target: NodeId,
     /// Where good blocks may be found, in the order in which they are asked.
     pub sources: Vec<Source>,
-    /// Only say what would be done.
-    pub dry_run: bool,
     /// How long the old file is kept, in nanoseconds.
     pub retention_ns: i64,
 }
@@ -76,7 +75,8 @@ struct Base {
     foreign: bool,
 }
 
-/// Repairs a member, or says why that cannot be. Blocks for as long as it takes to read the member twice.
+/// Repairs a member, or says why that cannot be; without the right to change the stores (`guard`), only says what would be
+/// done. Blocks for as long as it takes to read the member twice.
 ///
 /// # Errors
 ///
@@ -89,7 +89,7 @@ pub fn repair(
     site: &Site<'_>,
     scan: &Scan,
     request: &Request,
-    _guard: &Guard,
+    guard: Option<&Guard>,
     progress: &dyn Progress,
     cancel: &Cancel,
 ) -> Result<RepairReport> {
@@ -107,9 +107,10 @@ pub fn repair(
         from: BTreeMap::new(),
         digest: work.manifest.view_digest.to_string(),
     };
-    if request.dry_run || report.status == "sound" {
+    let mut table = work.table()?;
+    if guard.is_none() || report.status == "sound" {
         for block in bad {
-            let (source, _) = work.find(block)?;
+            let (source, _) = work.find(&mut table, block)?;
             *report.from.entry(source).or_default() += 1;
         }
         return Ok(report);
@@ -123,7 +124,7 @@ pub fn repair(
     copy(base.image.file(), staged.file()).map_err(|source| StoreError::backend(work.store, source))?;
     for block in bad {
         cancel.check()?;
-        let (source, bytes) = work.find(block)?;
+        let (source, bytes) = work.find(&mut table, block)?;
         work.patch(&base.image, staged.file(), block, &bytes)?;
         *report.from.entry(source).or_default() += 1;
     }
@@ -183,6 +184,8 @@ struct Work<'a> {
     own: Option<Image>,
     request: &'a Request,
     job: Job<'a>,
+    /// Looked up when they are needed.
+    twins: OnceCell<Vec<(&'a Image, Fingerprint)>>,
 }
 
 impl<'a> Work<'a> {
@@ -233,7 +236,7 @@ impl<'a> Work<'a> {
         };
         progress.phase("repairing", 2 * member.stat.length);
         let job = Job { progress, cancel, pace: &site.pace, tolerant: true };
-        Ok(Self { store, name, manifest, lower, own, request, job })
+        Ok(Self { store, name, manifest, lower, own, request, job, twins: OnceCell::new() })
     }
 
     /// The file to start from: the member's own, or one that has the right header and tables.
@@ -241,15 +244,9 @@ impl<'a> Work<'a> {
         if let Some(image) = &self.own {
             return Ok(Base { image: image.clone(), foreign: false });
         }
-        for image in self.request.sources.iter().filter_map(Source::image) {
-            let taken = fingerprint(image, &Limits::default());
-            if taken.is_ok_and(|(_, taken)| {
-                taken.is_some_and(|taken| {
-                    is_right(&self.manifest, &taken) && taken.start == self.manifest.start_blake3
-                })
-            }) {
-                return Ok(Base { image: image.clone(), foreign: true });
-            }
+        let copy = self.twins().iter().find(|(_, taken)| taken.start == self.manifest.start_blake3);
+        if let Some((image, _)) = copy {
+            return Ok(Base { image: (*image).clone(), foreign: true });
         }
         let message = "its header or tables are damaged, and none of the sources is a copy of its very file";
         Err(OpError::Refused {
@@ -259,9 +256,20 @@ impl<'a> Work<'a> {
         })
     }
 
+    /// The sources that have the member's very tables: what they store lies where it does in the member's file.
+    fn twins(&self) -> &[(&'a Image, Fingerprint)] {
+        self.twins.get_or_init(|| {
+            let images = self.request.sources.iter().filter_map(Source::image);
+            let judged = images.filter_map(|image| {
+                let (_, taken) = fingerprint(image, &Limits::default()).ok()?;
+                Some((image, taken.filter(|taken| is_right(&self.manifest, taken))?))
+            });
+            judged.collect()
+        })
+    }
+
     fn table(&self) -> Result<LeafFile> {
-        let opened = LeafFile::open(self.store.backend().as_ref(), &self.manifest.leaves);
-        Ok(opened.map_err(|source| StoreError::Leaves { member: self.name.clone(), source })?)
+        Ok(leaves::open(self.store, &self.name, &self.manifest.leaves)?)
     }
 
     /// The blocks that are not what they were.
@@ -271,10 +279,9 @@ impl<'a> Work<'a> {
     }
 
     /// The right bytes of a block, and where they are.
-    fn find(&self, block: u64) -> Result<(String, Vec<u8>)> {
-        let mut table = self.table()?;
+    fn find(&self, table: &mut LeafFile, block: u64) -> Result<(String, Vec<u8>)> {
         let failed = |source| StoreError::Leaves { member: self.name.clone(), source };
-        let mut bytes = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or_default()];
+        let mut bytes = vec![0; BLOCK_LENGTH];
         if table.stretch(block).map_err(failed)?.says != Says::Leaf {
             return Ok(("zeros".to_owned(), bytes));
         }
@@ -309,19 +316,11 @@ impl<'a> Work<'a> {
                 }
                 ExtentKind::Compressed(cluster) => {
                     // Only the same stored bytes are the same in the file.
-                    let twins = self.request.sources.iter().filter_map(Source::image);
-                    let twin = twins
-                        .filter(|twin| twin.file_length() >= image.file_length().min(cluster.host.0 + 1));
                     let length = cluster.stored_bytes.min(image.file_length().saturating_sub(cluster.host.0));
                     let mut stored = vec![0; usize::try_from(length).unwrap_or_default()];
-                    for twin in twin {
-                        let right = fingerprint(twin, &Limits::default()).is_ok_and(|(_, taken)| {
-                            taken.is_some_and(|taken| is_right(&self.manifest, &taken))
-                        });
-                        if right && twin.read_data(cluster.host, &mut stored).is_ok() {
-                            to.write_at(cluster.host.0, &stored).map_err(failed)?;
-                            break;
-                        }
+                    let mut twins = self.twins().iter();
+                    if twins.any(|(twin, _)| twin.read_data(cluster.host, &mut stored).is_ok()) {
+                        to.write_at(cluster.host.0, &stored).map_err(failed)?;
                     }
                 }
             }

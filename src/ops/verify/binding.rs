@@ -1,8 +1,9 @@
 //! Whether members stand on what they were adopted on.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use super::{Context, Level, Looked, Verdict, damage, data};
+use super::damage::Dependents;
+use super::{Context, Level, Looked, Verdict, data};
 use crate::chain::graph::NodeId;
 use crate::digest::view::view_digest;
 use crate::failure::Code;
@@ -66,7 +67,13 @@ impl Context<'_> {
                 }
             }
         }
-        for id in self.scan.graph.ids() {
+        // What lies below those that were looked at, and these themselves: nobody asks about others.
+        let mut lines: BTreeSet<NodeId> = verdicts.keys().copied().collect();
+        for id in verdicts.keys() {
+            lines.extend(self.scan.graph.ancestors(*id).unwrap_or_default());
+        }
+        let mut dependents = Dependents::new(self);
+        for id in lines {
             let verdict = verdicts.get(&id);
             let name = self.stores.display(&self.scan.graph.node(id).key);
             if matches!(verdict, Some((_, true))) || told.contains(name.as_str()) {
@@ -81,7 +88,7 @@ impl Context<'_> {
             };
             let whole = [Blocks { first: 0, count: u64::MAX }];
             for range in if blocks.is_empty() { &whole } else { blocks } {
-                for dependent in damage::dependents(self, id, *range)? {
+                for dependent in dependents.of(id, *range)? {
                     shown.entry(dependent).or_insert_with(|| name.clone());
                 }
             }

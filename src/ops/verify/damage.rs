@@ -1,20 +1,17 @@
 //! Where damage is, whose it is, and which snapshots show it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use serde::Serialize;
 
 use super::Context;
-use super::data::{leaves_failed, table};
+use super::data::leaves_failed;
 use crate::chain::graph::NodeId;
-use crate::digest::leaf;
-use crate::digest::view::{Leaves, Says, Seen, walk};
-use crate::failure::{Code, Failure as _};
+use crate::digest::view::{Leaves as _, Says};
 use crate::ops::Result;
 use crate::qcow2::{ExtentKind, Image};
-use crate::store::chain::OpenChain;
 use crate::store::manifest::Blocks;
-use crate::store::manifest::leaves::LeafFile;
+use crate::store::manifest::leaves::{self, LeafFile};
 use crate::units::{BLOCK_BYTES, GuestOffset};
 
 /// Ranges listed of one member.
@@ -59,6 +56,7 @@ pub(super) fn join(bad: &[u64]) -> Vec<Blocks> {
 /// Tells of the ranges of one member, with who shows them.
 pub(super) fn describe(
     context: &Context<'_>,
+    dependents: &mut Dependents<'_>,
     id: NodeId,
     image: &Image,
     ranges: &[Blocks],
@@ -70,8 +68,8 @@ pub(super) fn describe(
     for range in ranges.iter().take(MAX_RANGES) {
         let start = range.first * BLOCK_BYTES;
         let length = (range.count * BLOCK_BYTES).min(size.saturating_sub(start));
-        let dependents = dependents(context, id, *range)?;
-        let dependents = dependents.into_iter().map(|id| stores.display(&scan.graph.node(id).key)).collect();
+        let dependents = dependents.of(id, *range)?.into_iter();
+        let dependents = dependents.map(|id| stores.display(&scan.graph.node(id).key)).collect();
         damages.push(Damage {
             member: member.clone(),
             start,
@@ -105,27 +103,47 @@ fn hosts(image: &Image, start: u64, length: u64) -> Result<Vec<HostRange>> {
     Ok(hosts)
 }
 
-/// The members above that show any of these blocks of a member: all up to those whose own tables cover them.
-pub(super) fn dependents(context: &Context<'_>, id: NodeId, range: Blocks) -> Result<Vec<NodeId>> {
-    let Context { stores, scan, .. } = context;
-    let mut found = BTreeSet::new();
-    let mut open: Vec<NodeId> = scan.graph.children(id).to_vec();
-    while let Some(child) = open.pop() {
-        let key = &scan.graph.node(child).key;
-        let shows = match context.known(child)?.manifest() {
-            Some(manifest) => match table(stores, key.store, &stores.display(key), manifest) {
-                Ok(mut table) => !covers(&mut table, range)?,
-                // What cannot be told is told of.
-                Err(_) => true,
-            },
-            None => true,
-        };
-        // Members above a circle are met again and again.
-        if shows && child != id && found.insert(child) {
-            open.extend(scan.graph.children(child));
+/// Who shows what of whom. Each leaf table that is asked is opened once.
+pub(super) struct Dependents<'a> {
+    context: &'a Context<'a>,
+    /// `None` for a member of which nothing is known.
+    tables: HashMap<NodeId, Option<LeafFile>>,
+}
+
+impl<'a> Dependents<'a> {
+    pub fn new(context: &'a Context<'a>) -> Self {
+        Self { context, tables: HashMap::new() }
+    }
+
+    /// The members above that show any of these blocks of a member: all up to those whose own tables cover them.
+    pub fn of(&mut self, id: NodeId, range: Blocks) -> Result<Vec<NodeId>> {
+        let graph = &self.context.scan.graph;
+        let mut found = BTreeSet::new();
+        let mut open: Vec<NodeId> = graph.children(id).to_vec();
+        while let Some(child) = open.pop() {
+            // Members above a circle are met again and again.
+            if child != id && !self.covers(child, range)? && found.insert(child) {
+                open.extend(graph.children(child));
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// Whether a member decides all of these blocks itself, as far as that can be told.
+    fn covers(&mut self, id: NodeId, range: Blocks) -> Result<bool> {
+        if !self.tables.contains_key(&id) {
+            let key = &self.context.scan.graph.node(id).key;
+            let (stores, known) = (self.context.stores, self.context.known(id)?);
+            let opened = known
+                .manifest()
+                .map(|manifest| leaves::open(stores.get(key.store)?, &stores.display(key), &manifest.leaves));
+            self.tables.insert(id, opened.and_then(std::result::Result::ok));
+        }
+        match self.tables.get_mut(&id) {
+            Some(Some(table)) => covers(table, range),
+            _ => Ok(false),
         }
     }
-    Ok(found.into_iter().collect())
 }
 
 /// Whether a table tells of every one of these blocks.
@@ -140,36 +158,4 @@ fn covers(table: &mut LeafFile, range: Blocks) -> Result<bool> {
         at = stretch.end;
     }
     Ok(true)
-}
-
-/// The lowest member whose own block is not what it was, of those that a bad block of `chain`'s view is put together
-/// from; 0 is the chain's newest. `tables` are its and those below it, newest first.
-pub(super) fn blame(chain: &OpenChain, tables: &mut [LeafFile], block: u64) -> Result<usize> {
-    let images: Vec<Image> = chain.images().cloned().collect();
-    let mut buffer = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or_default()];
-    for layer in (1..tables.len().min(images.len())).rev() {
-        let Some(from) = tables.get_mut(layer..) else { continue };
-        let Some((own, _)) = from.split_first_mut() else { continue };
-        if own.stretch(block).map_err(leaves_failed)?.says == Says::Nothing {
-            continue;
-        }
-        let mut wanted = crate::digest::zero_leaf();
-        walk(from, block, block + 1, |_, seen| {
-            if let Seen::Leaf(leaf) = seen {
-                wanted = leaf;
-            }
-            Ok(())
-        })
-        .map_err(leaves_failed)?;
-        let below = OpenChain::of(images.get(layer..).unwrap_or_default().to_vec());
-        let read = below.read(GuestOffset(block * BLOCK_BYTES), &mut buffer);
-        let unreadable = read.as_ref().is_err_and(|error| error.code() == Code::BadCompression);
-        if !unreadable {
-            read?;
-        }
-        if unreadable || leaf(&buffer) != wanted {
-            return Ok(layer);
-        }
-    }
-    Ok(0)
 }

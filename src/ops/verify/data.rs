@@ -5,22 +5,15 @@ use std::ops::Range;
 use super::Options;
 use crate::chain::graph::{Key, NodeId};
 use crate::ops::{OpError, Result};
+use crate::store::StoreError;
 use crate::store::compare::Expected;
-use crate::store::manifest::Manifest;
-use crate::store::manifest::leaves::{LeafError, LeafFile};
+use crate::store::manifest::leaves::{self, LeafError, LeafFile};
 use crate::store::manifest::reads::Reads;
-use crate::store::{StoreError, Stores};
 
 /// How much is read between two looks at the time, in blocks: 512 MiB.
 const STEP_BLOCKS: u64 = 8192;
 /// The unit of samples, in blocks: 1 MiB.
 const SAMPLE_BLOCKS: u64 = 16;
-
-/// A member's own leaf table.
-pub(super) fn table(stores: &Stores, store: usize, name: &str, manifest: &Manifest) -> Result<LeafFile> {
-    let opened = LeafFile::open(stores.get(store)?.backend().as_ref(), &manifest.leaves);
-    Ok(opened.map_err(|source| StoreError::Leaves { member: name.to_owned(), source })?)
-}
 
 /// The tables of members, in their order, as far as all are adopted; whether that is all of them.
 pub(super) fn tables(context: &super::Context<'_>, line: &[NodeId]) -> Result<(Vec<LeafFile>, bool)> {
@@ -29,7 +22,8 @@ pub(super) fn tables(context: &super::Context<'_>, line: &[NodeId]) -> Result<(V
         let key = &context.scan.graph.node(*member).key;
         match context.known(*member)?.manifest() {
             Some(manifest) => {
-                tables.push(table(context.stores, key.store, &context.stores.display(key), manifest)?);
+                let store = context.stores.get(key.store)?;
+                tables.push(leaves::open(store, &context.stores.display(key), &manifest.leaves)?);
             }
             None => return Ok((tables, false)),
         }

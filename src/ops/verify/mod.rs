@@ -26,10 +26,10 @@ use serde::Serialize;
 use crate::chain::graph::NodeId;
 use crate::ops::Result;
 use crate::progress::{Cancel, Pace, Progress};
-use crate::store::manifest::shelf::{Known, Shelf};
+use crate::store::Stores;
+use crate::store::manifest::shelf::{self, Known, Shelf};
 use crate::store::measure::Job;
 use crate::store::scan::{Finding, Scan};
-use crate::store::{StoreError, Stores};
 pub use damage::{Damage, HostRange};
 pub use keep::Debt;
 
@@ -139,13 +139,7 @@ impl Context<'_> {
         if let Some(known) = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&id) {
             return Ok(known.clone());
         }
-        let key = &self.scan.graph.node(id).key;
-        let known = match (self.shelves.get(key.store), self.scan.member(id)) {
-            (Some(manifests), Some(member)) => {
-                manifests.find(self.stores.get(key.store)?, &key.path, &member.stat)?
-            }
-            _ => Known::Nothing,
-        };
+        let known = shelf::known(self.stores, self.scan, self.shelves, id)?;
         self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(id, known.clone());
         Ok(known)
     }
@@ -223,14 +217,8 @@ pub fn debt(stores: &Stores, scan: &Scan, members: &[NodeId], now_ns: i64) -> Re
         .iter()
         .map(|id| {
             let key = &scan.graph.node(*id).key;
-            let store = stores.get(key.store)?;
-            let member =
-                scan.member(*id).ok_or_else(|| StoreError::NotFound { name: stores.display(key) })?;
-            let known = match shelves.get(key.store) {
-                Some(manifests) => manifests.find(store, &key.path, &member.stat)?,
-                None => Known::Nothing,
-            };
-            keep::debt_of(store, &stores.display(key), &key.path, &known, now_ns)
+            let known = shelf::known(stores, scan, &shelves, *id)?;
+            keep::debt_of(stores.get(key.store)?, &stores.display(key), &key.path, &known, now_ns)
         })
         .collect::<Result<Vec<Debt>>>()?;
     debts.sort_by_key(|debt| debt.oldest_ns);

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::damage::Dependents;
 use super::{Context, Level, Looked, Verdict, damage, data};
 use crate::chain::graph::NodeId;
 use crate::cloudstack::paths::SNAPSHOTS;
@@ -12,9 +13,9 @@ use crate::qcow2::ImageError;
 use crate::qcow2::check::{Limits, Report};
 use crate::qcow2::fingerprint::{Fingerprint, fingerprint};
 use crate::store::chain::{OpenChain, open_image};
-use crate::store::compare::{Expected, compare};
+use crate::store::compare::{Expected, blame, compare};
 use crate::store::manifest::shelf::Known;
-use crate::store::manifest::{Manifest, reads};
+use crate::store::manifest::{Manifest, leaves, reads};
 use crate::store::record::StoreKind;
 use crate::store::scan::{Finding, Incoming, Member, Scan};
 use crate::store::{StoreError, Stores};
@@ -77,12 +78,12 @@ impl Context<'_> {
                 looked.verdict = looked.verdict.max(Verdict::Unknown);
             }
             Known::Changed(manifest) => {
-                let key = &self.scan.graph.node(id).key;
-                let named = self.stores.get(key.store).ok().and_then(|_| {
-                    let header = self.scan.member(id)?.reading.header()?;
-                    Some(header.backing.as_ref().map(|name| String::from_utf8_lossy(name).into_owned()))
+                let header = self.scan.member(id).and_then(|member| member.reading.header());
+                let same = header.is_some_and(|header| {
+                    let named =
+                        header.backing.as_ref().map(|name| String::from_utf8_lossy(name).into_owned());
+                    named == manifest.qcow2.backing
                 });
-                let same = named.as_ref().is_some_and(|named| *named == manifest.qcow2.backing);
                 if same && taken.start != manifest.start_blake3 {
                     tell(
                         Code::Rewritten,
@@ -149,7 +150,7 @@ impl Context<'_> {
         let mut expected = if changed {
             data::other(self, id)?
         } else {
-            Expected::Same(data::table(self.stores, member.key.store, name, manifest)?)
+            Expected::Same(leaves::open(store, name, &manifest.leaves)?)
         };
         let blocks = block_count(chain.virtual_size());
         let noted = reads::load(store.backend(), &member.key.path, member.stat.id.inode);
@@ -202,18 +203,19 @@ impl Context<'_> {
         let mut by_layer: Vec<(usize, Vec<u64>)> = Vec::new();
         for (index, block) in bad.iter().enumerate() {
             // Whose each one is costs reads; after many the member itself is as good an answer.
-            let layer = if index < 256 { damage::blame(chain, &mut tables, *block)? } else { 0 };
+            let layer = if index < 256 { blame(chain, &mut tables, *block)? } else { 0 };
             match by_layer.iter_mut().find(|(other, _)| *other == layer) {
                 Some((_, blocks)) => blocks.push(*block),
                 None => by_layer.push((layer, vec![*block])),
             }
         }
+        let mut dependents = Dependents::new(self);
         for (layer, blocks) in by_layer {
             let Some((whose, image)) = line.get(layer).copied().zip(chain.images().nth(layer)) else {
                 continue;
             };
             let ranges = damage::join(&blocks);
-            let damages = damage::describe(self, whose, image, &ranges)?;
+            let damages = damage::describe(self, &mut dependents, whose, image, &ranges)?;
             let member = self.stores.display(&self.scan.graph.node(whose).key);
             if let Some(first) = damages.first() {
                 let message = words(first, blocks.len(), ranges.len());

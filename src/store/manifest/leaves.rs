@@ -13,6 +13,7 @@ use crate::digest::view::{Leaves, Says, Stretch};
 use crate::ids::{Digest, StorePath};
 use crate::store::manifest::TableMark;
 use crate::store::record::own;
+use crate::store::{Store, StoreError};
 
 /// How much of a table is written at once, in bytes.
 const FLUSH_BYTES: usize = 1 << 20;
@@ -47,6 +48,27 @@ pub enum LeafError {
 }
 
 type Result<T> = std::result::Result<T, LeafError>;
+
+/// Opens the leaf table that a member's manifest names.
+pub fn open(store: &Store, member: &str, mark: &TableMark) -> std::result::Result<LeafFile, StoreError> {
+    LeafFile::open(store.backend().as_ref(), mark)
+        .map_err(|source| StoreError::Leaves { member: member.to_owned(), source })
+}
+
+/// As [`open`]; of a table that is damaged, so that it cannot be built on, that is said.
+pub fn usable(
+    store: &Store,
+    member: &str,
+    mark: &TableMark,
+) -> std::result::Result<std::result::Result<LeafFile, String>, StoreError> {
+    match open(store, member, mark) {
+        Ok(table) => Ok(Ok(table)),
+        Err(StoreError::Leaves { source: LeafError::Fault { .. }, .. }) => {
+            Ok(Err(format!("the leaf table of {member} is damaged")))
+        }
+        Err(error) => Err(error),
+    }
+}
 
 /// Where a table lies.
 #[must_use]

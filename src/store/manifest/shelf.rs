@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backend::publish::replace;
 use crate::backend::{Backend, BackendError, FileKind, Stat};
+use crate::chain::graph::NodeId;
 use crate::ids::StorePath;
 use crate::store::error::{Result, StoreError};
 use crate::store::facts::read_whole;
 use crate::store::manifest::{FileMark, MAX_BYTES, Manifest, leaves, parse_name, path, reads, stem};
 use crate::store::record::own;
+use crate::store::scan::Scan;
 use crate::store::{Store, Stores};
 
 /// What is known of a member's content.
@@ -114,17 +116,40 @@ impl Shelf {
         }
         Ok(members)
     }
+}
+
+/// The manifests and leaf tables of a store, listed to see which nothing can need.
+#[derive(Debug)]
+pub struct Sweep {
+    shelf: Shelf,
+    tables: Vec<String>,
+}
+
+impl Sweep {
+    /// Lists them. Whether an operation is open is to be looked at after this: its files are listed only if it was
+    /// announced before.
+    pub fn list(store: &Store) -> Result<Self> {
+        let tables = match store.backend().read_dir(&own(&["leaves"])) {
+            Ok(entries) => entries.into_iter().filter_map(|entry| entry.name.ok()).collect(),
+            Err(BackendError::NotFound { .. }) => Vec::new(),
+            Err(source) => return Err(StoreError::backend(store, source)),
+        };
+        Ok(Self { shelf: Shelf::load(store)?, tables })
+    }
 
     /// Removes what nothing can need: manifests, tables and notes of files that no name stands for any more, of members
     /// that are gone or have a manifest in force. `current` gives the file under a member's name. Only while no
     /// operation is open on any store, which might put an old file back.
-    pub fn sweep(store: &Store, current: &dyn Fn(&StorePath) -> Result<Option<Stat>>) -> Result<u64> {
+    pub fn carry_out(
+        &self,
+        store: &Store,
+        current: &dyn Fn(&StorePath) -> Result<Option<Stat>>,
+    ) -> Result<u64> {
         let failed = |source| StoreError::backend(store, source);
         let backend = store.backend().as_ref();
-        let shelf = Self::load(store)?;
         let mut wanted = BTreeSet::new();
         let mut removed = 0;
-        for (stem, inodes) in &shelf.inodes {
+        for (stem, inodes) in &self.shelf.inodes {
             let mut found = Vec::new();
             for inode in inodes {
                 // Nothing refers to the table of a manifest that cannot be read.
@@ -145,31 +170,35 @@ impl Shelf {
                 removed += 1;
             }
         }
-        Ok(removed + sweep_tables(backend, &wanted, &shelf).map_err(failed)?)
+        Ok(removed + self.tables(backend, &wanted).map_err(failed)?)
+    }
+
+    /// Removes leaf tables that no manifest names; but those of a stem that has no manifest at all may be about to get
+    /// one, as may temporaries.
+    fn tables(
+        &self,
+        backend: &dyn Backend,
+        wanted: &BTreeSet<String>,
+    ) -> std::result::Result<u64, BackendError> {
+        let mut removed = 0;
+        for name in &self.tables {
+            let known = name.split_once('.').is_some_and(|(stem, _)| self.shelf.inodes.contains_key(stem));
+            if known && !wanted.contains(name) {
+                backend.remove_file(&leaves::path(name))?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 }
 
-/// Removes leaf tables that no manifest names; but those of a stem that has no manifest at all may be about to get
-/// one, as may temporaries.
-fn sweep_tables(
-    backend: &dyn Backend,
-    wanted: &BTreeSet<String>,
-    shelf: &Shelf,
-) -> std::result::Result<u64, BackendError> {
-    let entries = match backend.read_dir(&own(&["leaves"])) {
-        Ok(entries) => entries,
-        Err(BackendError::NotFound { .. }) => return Ok(0),
-        Err(error) => return Err(error),
-    };
-    let mut removed = 0;
-    for name in entries.iter().filter_map(|entry| entry.name.as_deref().ok()) {
-        let known = name.split_once('.').is_some_and(|(stem, _)| shelf.inodes.contains_key(stem));
-        if known && !wanted.contains(name) {
-            backend.remove_file(&leaves::path(name))?;
-            removed += 1;
-        }
+/// What is known of a scanned member; `shelves` are those of all stores, by index.
+pub fn known(stores: &Stores, scan: &Scan, shelves: &[Shelf], id: NodeId) -> Result<Known> {
+    let key = &scan.graph.node(id).key;
+    match (shelves.get(key.store), scan.member(id)) {
+        (Some(shelf), Some(member)) => shelf.find(stores.get(key.store)?, &key.path, &member.stat),
+        _ => Ok(Known::Nothing),
     }
-    Ok(removed)
 }
 
 /// Reads the manifest of one file; the inner error says what is wrong with it.

@@ -23,7 +23,7 @@ use crate::ids::Digest;
 use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::{ExtentKind, Image, ImageError};
 use crate::store::chain::OpenChain;
-use crate::units::{BLOCK_BYTES, GuestOffset, HostOffset};
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 use pieces::{Piece, Place, pieces};
 
 /// How many blocks of view are worked on at a time: 64 GiB.
@@ -32,9 +32,6 @@ pub const SLICE_BLOCKS: u64 = 1 << 20;
 const TASK_BLOCKS: u64 = 16;
 /// How many of those are worked on between two looks at the pace and the request to stop.
 const BATCH_TASKS: usize = 64;
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
-const _: () = assert!(BLOCK_LENGTH as u64 == BLOCK_BYTES);
 
 type Result<T> = std::result::Result<T, ImageError>;
 

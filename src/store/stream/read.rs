@@ -13,7 +13,7 @@ use crate::qcow2::{ImageError, Run};
 use crate::store::error::{Result, StoreError};
 use crate::store::measure::Job;
 use crate::store::stream::Source;
-use crate::units::{BLOCK_BYTES, GuestOffset};
+use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 
 /// The most that one thread reads in one go; a unit of the image may be longer.
 const ITEM_BYTES: u64 = 256 << 10;
@@ -21,8 +21,6 @@ const ITEM_BYTES: u64 = 256 << 10;
 const BATCH_BYTES: u64 = 2 << 20;
 /// How many batches may wait to be given away.
 const AHEAD: usize = 2;
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
 
 /// Some of an image.
 #[derive(Clone, Copy, Debug)]

@@ -6,8 +6,8 @@ use rayon::prelude::*;
 
 use crate::backend::FileId;
 use crate::chain::graph::{Key, NodeId};
-use crate::digest::view::{Leaves as _, Says, Seen, walk};
-use crate::digest::{TreeBuilder, block_count, leaf, zero_leaf};
+use crate::digest::view::{Seen, walk};
+use crate::digest::{TreeBuilder, block_count, zero_leaf};
 use crate::failure::Code;
 use crate::ids::Digest;
 use crate::qcow2::check::Limits;
@@ -17,15 +17,13 @@ use crate::qcow2::layout::hostset::HostSet;
 use crate::qcow2::{Content, Image, ImageError};
 use crate::store::Stores;
 use crate::store::chain::OpenChain;
+use crate::store::compare::blame;
 use crate::store::error::{Result, StoreError};
-use crate::store::manifest::leaves::{LeafError, LeafFile};
+use crate::store::manifest::leaves::{self, LeafError, LeafFile};
 use crate::store::manifest::shelf::{Known, Shelf};
 use crate::store::manifest::{FileMark, Manifest};
 use crate::store::scan::Scan;
-use crate::units::{BLOCK_BYTES, GuestOffset};
-
-/// A block's length as an index.
-const BLOCK_LENGTH: usize = 64 * 1024;
+use crate::units::BLOCK_BYTES;
 
 /// A member and all below it, opened.
 #[derive(Debug)]
@@ -101,15 +99,12 @@ impl Source {
                 continue;
             }
             match judge(known, image, name)? {
-                Ok(manifest) => match LeafFile::open(store.backend().as_ref(), &manifest.leaves) {
+                Ok(manifest) => match leaves::usable(store, name, &manifest.leaves)? {
                     Ok(table) => {
                         tables.push(table);
                         found.push(*manifest);
                     }
-                    Err(LeafError::Fault { .. }) => {
-                        self.missing = Some(format!("the leaf table of {name} is damaged"));
-                    }
-                    Err(source) => return Err(StoreError::Leaves { member: name.clone(), source }),
+                    Err(why) => self.missing = Some(why),
                 },
                 Err(why) => self.missing = Some(why),
             }
@@ -197,7 +192,7 @@ impl Source {
         let Some(known) = &self.known else { return Ok(()) };
         let members: Vec<_> = self.chain.images().zip(&known.manifests).zip(&self.names).collect();
         members.into_par_iter().with_max_len(1).try_for_each(|((image, manifest), name)| {
-            if fingerprint_of(image, name)? != manifest.meta_blake3 {
+            if fingerprint_of(image, name)? != Some(manifest.meta_blake3) {
                 let message = "its header or tables changed, although nothing wrote to the file".to_owned();
                 return Err(StoreError::Damaged {
                     code: Code::MetadataDamaged,
@@ -280,30 +275,9 @@ impl Source {
     /// blame.
     #[must_use]
     pub fn blame(&self, block: u64) -> StoreError {
-        let mut member = self.member();
-        if let Some(known) = &self.known {
-            let mut tables = Self::tables(known);
-            let mut buffer = vec![0; BLOCK_LENGTH];
-            for (index, table) in tables.iter_mut().enumerate().rev() {
-                if block >= block_count(table.virtual_size()) {
-                    continue;
-                }
-                table.rewind();
-                let expected = match table.stretch(block) {
-                    Ok(stretch) if stretch.says == Says::Leaf => table.leaf(block).ok(),
-                    Ok(stretch) if stretch.says == Says::Zeros => Some(zero_leaf()),
-                    _ => None,
-                };
-                let Some(expected) = expected else { continue };
-                let (_, chain) = self.chain.split(index);
-                let read = chain.read(GuestOffset(block * BLOCK_BYTES), &mut buffer);
-                if read.is_err() || leaf(&buffer) != expected {
-                    member = self.names.get(index).map_or(member, String::as_str);
-                    break;
-                }
-            }
-            tables.iter_mut().for_each(LeafFile::rewind);
-        }
+        let layer =
+            self.known.as_ref().map_or(Ok(0), |known| blame(&self.chain, &mut Self::tables(known), block));
+        let member = self.names.get(layer.unwrap_or(0)).map_or("", String::as_str);
         let at = block * BLOCK_BYTES;
         let message = format!("its bytes at guest offset {at} are not what they were when it was adopted");
         StoreError::Damaged { code: Code::DataDamaged, member: member.to_owned(), message }
@@ -321,12 +295,11 @@ fn stamp(image: &Image) -> Result<(FileId, FileMark)> {
     }
 }
 
-/// Over all that says where the image's bytes are.
-fn fingerprint_of(image: &Image, name: &str) -> Result<Digest> {
+/// Over all that says where the image's bytes are; `None` if it is too large to be told.
+fn fingerprint_of(image: &Image, name: &str) -> Result<Option<Digest>> {
     let (_, taken) = fingerprint(image, &Limits::default())
         .map_err(|source| StoreError::Image { member: name.to_owned(), source })?;
-    // One that cannot be told is none that was taken down.
-    Ok(taken.map_or(Digest([0; 32]), |taken| taken.meta))
+    Ok(taken.map(|taken| taken.meta))
 }
 
 /// The manifest that holds for a member, or why there is none. One whose file was touched holds as long as its tables
@@ -334,7 +307,9 @@ fn fingerprint_of(image: &Image, name: &str) -> Result<Digest> {
 fn judge(known: Known, image: &Image, name: &str) -> Result<std::result::Result<Box<Manifest>, String>> {
     Ok(match known {
         Known::Current(manifest) => Ok(manifest),
-        Known::Changed(manifest) if fingerprint_of(image, name)? == manifest.meta_blake3 => Ok(manifest),
+        Known::Changed(manifest) if fingerprint_of(image, name)? == Some(manifest.meta_blake3) => {
+            Ok(manifest)
+        }
         Known::Changed(_) => Err(format!("{name} was changed since it was adopted")),
         Known::Nothing => Err(format!("{name} is not adopted")),
         Known::Damaged(_) => Err(format!("the manifest of {name} is damaged")),
