@@ -223,6 +223,68 @@ pub fn claim(backend: &dyn Backend, temporary: &StorePath, path: &StorePath, byt
     backend.sync_dir(&path.parent())
 }
 
+/// As [`claim`], and whole from its first instant on every store. Where a file can have one name only the record gets
+/// its name within a directory of its own: [`decided`] finds it either way. (Written under its name it would be torn for as
+/// long as its writer is stopped, and nobody could say whether he will go on.) A store that cannot move directories either
+/// writes it in place.
+///
+/// # After a crash
+///
+/// The name is free, or stands for all of `bytes`; `temporary`, or a directory of its name with `.d`, may be left.
+pub fn decide(backend: &dyn Backend, temporary: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
+    let written = stage(backend, temporary, bytes, None).and_then(|file| {
+        match give_name(backend, file.as_ref(), temporary, path) {
+            Err(error) if error.is_unsupported() => {
+                match within_directory(backend, temporary, path) {
+                    Err(error) if error.is_unsupported() => {}
+                    done => return done,
+                }
+                let named = backend.create(path)?;
+                named.write_at(0, bytes)?;
+                named.sync()
+            }
+            done => done,
+        }
+    });
+    // Also after an error: what is left is swept by its name otherwise.
+    let removed = match backend.remove_file(temporary) {
+        Err(BackendError::NotFound { .. }) => Ok(()),
+        done => done,
+    };
+    written?;
+    removed?;
+    backend.sync_dir(&path.parent())
+}
+
+/// The name of a record in a directory of its own.
+const RECORD: &str = "record";
+
+/// Where the bytes lie of what [`decide`] gave that name, if they are not there: in a directory of that name.
+#[must_use]
+pub fn decided(path: &StorePath) -> StorePath {
+    path.join(RECORD).unwrap_or_else(|_| path.clone())
+}
+
+/// Moves a durable file into a directory, which gets the name; one that has something in it keeps it.
+fn within_directory(backend: &dyn Backend, temporary: &StorePath, path: &StorePath) -> Result<()> {
+    let name = format!("{}.d", temporary.file_name());
+    let directory = temporary.parent().join(&name).map_err(|error| {
+        BackendError::from_io("name", temporary, io::Error::new(io::ErrorKind::InvalidInput, error))
+    })?;
+    backend.create_dir(&directory, true)?;
+    let inside = decided(&directory);
+    let done = backend
+        .rename(temporary, &inside)
+        .and_then(|()| backend.sync_dir(&directory))
+        .and_then(|()| backend.rename_dir(&directory, path));
+    if done.is_err() {
+        // Back for whoever can do without, or to be removed by its caller.
+        let _ = backend.rename(&inside, temporary);
+        let _ = backend.remove_dir(&directory);
+    }
+    done
+}
+
 /// As [`claim`], but nothing is made durable: readers see nothing or all of it, and a power cut may leave the
 /// name without its bytes. For records that can be done without.
 pub fn offer(backend: &dyn Backend, temporary: &StorePath, path: &StorePath, bytes: &[u8]) -> Result<()> {
@@ -392,6 +454,35 @@ mod tests {
         faulty.before(4, move || other.rename(&path("t"), &path("a")).unwrap());
         publish(&faulty, &path("t"), &path("a")).unwrap();
         assert_eq!(content(&memory, "a").unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_decides_is_whole_or_not_there() {
+        use super::{decide, decided};
+        let read = |store: &MemoryStore| content(store, "d/a").or_else(|| content(store, "d/a/record"));
+        for links in [true, false] {
+            for n in 0.. {
+                let memory = Arc::new(MemoryStore::new().with_hard_links(links));
+                for directory in ["d", "tmp"] {
+                    memory.create_dir(&path(directory), true).unwrap();
+                }
+                memory.sync_dir(&StorePath::root()).unwrap();
+                let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+                faulty.fail_halfway_at(n, EIO, Lasting::Dead);
+                let done = decide(&faulty, &path("tmp/t"), &path("d/a"), b"first").is_ok();
+                let there = read(&memory);
+                assert!(there.is_none() || there.as_deref() == Some(b"first"), "{links} {n}: {there:?}");
+                let second = decide(memory.as_ref(), &path("tmp/u"), &path("d/a"), b"second");
+                assert_eq!(second.is_ok(), there.is_none(), "{links} {n}: {second:?}");
+                memory.crash();
+                assert!(!done || read(&memory).as_deref() == Some(b"first"), "{links} {n}: it did not last");
+                assert_eq!(decided(&path("d/a")), path("d/a/record"));
+                if done {
+                    assert!(n > 4, "the fault at {n} was not noticed");
+                    break;
+                }
+            }
+        }
     }
 
     /// Two durable files in two directories.

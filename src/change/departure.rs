@@ -13,7 +13,7 @@ use crate::change::publication::{Published, stat};
 use crate::change::record::{Departure, KeptFile, Place, Publication};
 use crate::change::site::{At, Site};
 use crate::change::standing::carry_out_later;
-use crate::change::stub::{stand_down, stand_in};
+use crate::change::stub::{give_way, is_aside, stand_down, stand_in, stands_for_another};
 use crate::change::yard;
 use crate::failure::Code;
 use crate::ids::StorePath;
@@ -68,6 +68,11 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
             let ready = ready || named.is_none() && is_kept(&at, departure)?;
             let waiting = match named {
+                None if changed_as_it_went(&at, departure)? => Some(changed_meanwhile(&at, departure)?),
+                None if is_aside(&at, departure)? => {
+                    due.push(Due { decided, departure, at, place: (first, second) });
+                    continue;
+                }
                 None if !ready || !leaves_something(&at, decided, departure, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(
                     Code::ChangedMeanwhile,
@@ -126,6 +131,29 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
 /// did to a survivor since.
 fn is_kept(at: &At<'_>, departure: &Departure) -> Result<bool> {
     Ok(stat(at, &departure.kept)?.is_some_and(|found| departure.is(&found)))
+}
+
+/// Whether what went from a member's name is not what was to go: somebody wrote into it, or put another file there, at that
+/// very moment, and whoever let it go died before he looked.
+fn changed_as_it_went(at: &At<'_>, departure: &Departure) -> Result<bool> {
+    match &departure.stub {
+        _ if departure.becomes.is_some() => Ok(false),
+        Some(stub) if stands_for_another(at, departure, stub)? => Ok(true),
+        _ => Ok(stat(at, &departure.at.path)?.is_none()
+            && stat(at, &departure.kept)?.is_some_and(|found| !departure.is(&found))),
+    }
+}
+
+/// Gives it its name back, durably.
+fn changed_meanwhile(at: &At<'_>, departure: &Departure) -> Result<Departed> {
+    let (name, kept_as) = (&departure.at.path, &departure.kept);
+    if let Some(stub) = &departure.stub {
+        give_way(at, departure, stub)?;
+    }
+    put_back(at, name, kept_as)?;
+    checkpoint_back(at, departure)?;
+    sync_all([(at, name.parent()), (at, kept_as.parent())].into_iter())?;
+    Ok(kept(Code::ChangedMeanwhile, at, "somebody changed it as it went, and has it back"))
 }
 
 /// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
@@ -396,4 +424,112 @@ fn sync(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])], due: &[Due
     }
     let edits = edits.iter().map(|at| (at, at.key.path.parent()));
     sync_all(ats.into_iter().chain(edits))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{At, Departure, Result, changed_as_it_went, changed_meanwhile, put_aside};
+    use crate::backend::Backend;
+    use crate::backend::faulty::{Faulty, Lasting};
+    use crate::backend::memory::MemoryStore;
+    use crate::chain::graph::Key;
+    use crate::change::record::{Mark, Place, Stub};
+    use crate::change::stub::stand_in;
+    use crate::ids::StorePath;
+
+    const EIO: i32 = 5;
+    const EDIT: &[u8] = b"edited by others";
+
+    fn path(text: &str) -> StorePath {
+        StorePath::parse(text).unwrap()
+    }
+
+    fn make(store: &dyn Backend, name: &str) -> Mark {
+        let file = store.create(&path(name)).unwrap();
+        file.write_at(0, name.as_bytes()).unwrap();
+        Mark::from(&file.stat().unwrap())
+    }
+
+    fn holds_edit(store: &dyn Backend, name: &str) -> bool {
+        let Ok(file) = store.open(&path(name)) else { return false };
+        let mut bytes = vec![0; EDIT.len()];
+        let length = usize::try_from(file.stat().unwrap().length).unwrap();
+        length >= EDIT.len() && file.read_at(0, &mut bytes).is_ok() && bytes == EDIT
+    }
+
+    /// Who writes into the member, or puts another file in its place; true if there was one to be met.
+    fn meddle(store: &dyn Backend, replaces: bool) -> bool {
+        let name = if replaces { "other" } else { "m" };
+        if store.stat(&path("m")).is_err() {
+            return false;
+        }
+        let file = if replaces { store.create(&path(name)) } else { store.open_writable(&path(name)) };
+        file.unwrap().write_at(0, EDIT).unwrap();
+        !replaces || store.rename(&path(name), &path("m")).is_ok()
+    }
+
+    fn departure(store: &dyn Backend, stub: bool) -> Departure {
+        store.create_dir(&path("trash"), true).unwrap();
+        let stub = stub.then(|| Stub { from: path("stub"), mark: make(store, "stub") });
+        let place = Place { store: "s".to_owned(), path: path("m") };
+        let (after, checkpoint) = (Vec::new(), None);
+        let (mark, kept) = (make(store, "m"), path("trash/m"));
+        Departure { at: place, mark, kept, after, checkpoint, becomes: None, allocated_bytes: 0, stub }
+    }
+
+    fn go(at: &At<'_>, departure: &Departure) -> Result<bool> {
+        match &departure.stub {
+            Some(stub) => stand_in(at, departure, stub),
+            None => put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found)),
+        }
+    }
+
+    /// Others act right before one call of a departure, and whoever does it dies at a later one. What they wrote has
+    /// the name in the end. Gives how often they acted.
+    fn met(stores: fn() -> MemoryStore, stub: bool, replaces: bool) -> u64 {
+        let mut met = 0;
+        for (meets, dies) in (0..8).flat_map(|meets| (meets..12).map(move |dies| (meets, dies))) {
+            let memory = Arc::new(stores());
+            let departure = departure(memory.as_ref(), stub);
+            let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+            let (acted, other) = (Arc::new(std::sync::OnceLock::new()), Arc::clone(&memory));
+            let note = Arc::clone(&acted);
+            faulty.before_mutation(meets, move || note.set(meddle(other.as_ref(), replaces)).unwrap());
+            faulty.fail_at(dies, EIO, Lasting::Dead);
+            let key = Key { store: 0, path: path("m") };
+            let first = At { backend: &faulty, key: key.clone(), name: "m".to_owned() };
+            let done = go(&first, &departure);
+            // As recovery does it.
+            let at = At { backend: memory.as_ref(), key, name: "m".to_owned() };
+            if changed_as_it_went(&at, &departure).unwrap() {
+                changed_meanwhile(&at, &departure).unwrap();
+            } else if done.is_err() {
+                go(&at, &departure).unwrap();
+            }
+            if acted.get() == Some(&true) {
+                met += 1;
+                let places = ["m", "trash/m", "stub"].map(|name| (name, holds_edit(memory.as_ref(), name)));
+                assert!(holds_edit(memory.as_ref(), "m"), "{stub} {replaces} {meets} {dies}: {places:?}");
+            }
+        }
+        met
+    }
+
+    #[test]
+    fn what_others_write_as_a_name_goes_keeps_it() {
+        let stores: [fn() -> MemoryStore; 4] = [
+            MemoryStore::new,
+            || MemoryStore::new().with_exchange(false),
+            || MemoryStore::new().with_hard_links(false),
+            || MemoryStore::new().with_exchange(false).with_hard_links(false),
+        ];
+        for store in stores {
+            for (stub, replaces) in [(false, false), (false, true), (true, false), (true, true)] {
+                let met = met(store, stub, replaces);
+                assert!(met >= 8, "they were met {met} times only");
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 
-use crate::backend::publish::{claim, offer, replace};
+use crate::backend::publish::{decide, decided, offer, replace};
 use crate::backend::{Backend, BackendError};
 use crate::change::error::{ChangeError, Result};
 use crate::change::places::{self, IntentName};
@@ -164,7 +164,13 @@ impl Journal {
 
     /// What a number was claimed for.
     pub fn claim(&self, tree: &TreeId, number: u64) -> Result<Found<Claim>> {
-        self.read(&places::generation(tree, number))
+        let path = places::generation(tree, number);
+        match self.read(&path) {
+            Err(ChangeError::Store { source: BackendError::NotPlain { .. }, .. }) => {
+                self.read(&decided(&path))
+            }
+            found => found,
+        }
     }
 
     /// Claims a number: the one exclusive create that decides. Durable when it returns.
@@ -183,7 +189,7 @@ impl Journal {
         if record.decision == Decision::Abort {
             self.make_room(&record.tree)?;
         }
-        match claim(self.backend.as_ref(), &temporary, &path, &encode(record)) {
+        match decide(self.backend.as_ref(), &temporary, &path, &encode(record)) {
             Err(BackendError::AlreadyExists { .. }) => {
                 Err(ChangeError::Decided { tree: record.tree.to_string(), generation: record.generation })
             }
@@ -194,7 +200,14 @@ impl Journal {
     /// Makes a claim durable that was found, bytes and name: it may be there and not last.
     pub fn confirm(&self, tree: &TreeId, number: u64) -> Result<()> {
         let path = places::generation(tree, number);
-        let synced = self.backend.open(&path).and_then(|file| file.sync());
+        let synced = match self.backend.open(&path) {
+            Err(BackendError::NotPlain { .. }) => self
+                .backend
+                .open(&decided(&path))
+                .and_then(|file| file.sync())
+                .and_then(|()| self.backend.sync_dir(&path)),
+            opened => opened.and_then(|file| file.sync()),
+        };
         synced.and_then(|()| self.backend.sync_dir(&path.parent())).map_err(failed("sync", &path))
     }
 

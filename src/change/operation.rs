@@ -299,7 +299,11 @@ pub fn take_back(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> 
         Ok(()) => {}
         Err(ChangeError::Decided { tree, generation }) => match journal.claim(&name.tree, name.generation)? {
             super::journal::Found::Record(found)
-                if found.decision == Decision::Abort || found.operation != name.operation => {}
+                if found.decision == Decision::Abort || found.operation != name.operation =>
+            {
+                // Nobody finds this number's intent after this: who made the claim may have died before it was durable.
+                journal.confirm(&name.tree, name.generation)?;
+            }
             // Its maker is dead, and what he wrote says nothing: nobody has acted on it.
             super::journal::Found::Torn(_) => {}
             _ => return Err(ChangeError::Decided { tree, generation }),

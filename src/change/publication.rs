@@ -121,6 +121,10 @@ fn look(
     match stat(at, &publication.from)? {
         // Publishing uses the name up: it was done, or given up.
         None => {
+            // An earlier run ended between the rename and the look at what it replaced.
+            if now.as_ref().is_some_and(|now| publication.is_new(now)) && was_written_into(publication, at)? {
+                return bring_back(publication, at).map(Some);
+            }
             let done = now.as_ref().is_none_or(|now| !publication.old.is(now));
             return Ok(Some(if done {
                 Published::Done
@@ -180,7 +184,12 @@ fn after_exchange(publication: &Publication, at: &At<'_>, found: &Stat) -> Resul
     let (name, from) = (&publication.at.path, &publication.from);
     if !publication.old.is(found) || writer(at, from)? {
         if stat(at, name)?.is_some_and(|now| publication.is_new(&now)) {
-            swap(at.backend, from, name).map_err(at.failed("take back"))?;
+            match swap(at.backend, from, name) {
+                // It came here by a link, not by an exchange.
+                Err(error) if error.is_unsupported() => take_name(at.backend, from, name),
+                done => done,
+            }
+            .map_err(at.failed("take back"))?;
         }
         return give_up(at, publication, "was changed or replaced by somebody else");
     }
@@ -214,12 +223,31 @@ fn rename_over(one: &Pending<'_>) -> Result<Published> {
     if old.is_some_and(|old| publication.old.is(&old)) && !writer(at, &publication.kept)? {
         return Ok(Published::Done);
     }
-    // Somebody wrote into the old file at that very moment. His edit must not be lost: his file comes back.
-    if let Some(now) = stat(at, name)?
-        && publication.is_new(&now)
-        && link(at.backend, &publication.kept, &publication.from).is_ok()
-    {
-        take_name(at.backend, &publication.from, name).map_err(at.failed("take back"))?;
+    bring_back(publication, at)
+}
+
+/// Whether the old file, which its other name keeps, is not what was recorded any more.
+fn was_written_into(publication: &Publication, at: &At<'_>) -> Result<bool> {
+    if publication.in_place.is_some() {
+        return Ok(false);
+    }
+    let kept = stat(at, &publication.kept)?;
+    Ok(kept.is_some_and(|kept| kept.id.inode == publication.old.inode && !publication.old.is(&kept)))
+}
+
+/// Somebody wrote into the old file at the very moment of the rename. His edit must not be lost: his file comes
+/// back over the new one, by way of the temporary's name, so that a run that is cut off between is gone on with.
+fn bring_back(publication: &Publication, at: &At<'_>) -> Result<Published> {
+    let name = &publication.at.path;
+    if stat(at, name)?.is_some_and(|now| publication.is_new(&now)) {
+        match link(at.backend, &publication.kept, &publication.from) {
+            Ok(()) => {
+                take_name(at.backend, &publication.from, name).map_err(at.failed("take back"))?;
+            }
+            // Another instance has it in hand, or its owner let it go.
+            Err(BackendError::NotFound { .. }) => {}
+            Err(source) => return Err(at.failed("take back")(source)),
+        }
     }
     Ok(taken_back(at, "was changed by somebody else"))
 }

@@ -8,10 +8,11 @@
 //! grace, unless its caller says so.
 //!
 //! The name is exchanged for the stub, never created: a member that its owner removed stays removed. Where names
-//! cannot be exchanged the stub is renamed over the member, right after a look.
+//! cannot be exchanged the member's file is moved aside and looked at there, and the stub takes the name if that is
+//! still free.
 
-use crate::backend::BackendError;
 use crate::backend::publish::{link, swap, take_name};
+use crate::backend::{BackendError, Stat};
 use crate::change::error::Result;
 use crate::change::keep::{Kept, keep, release};
 use crate::change::publication::stat;
@@ -24,9 +25,12 @@ use crate::ids::StorePath;
 ///
 /// # After a crash
 ///
-/// The name stands for the whole member or for the stub.
+/// The name stands for the whole member or for the stub; where names cannot be exchanged, or for nothing.
 pub fn stand_in(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
     let name = &departure.at.path;
+    if is_aside(at, departure)? {
+        return from_aside(at, departure, stub);
+    }
     match stat(at, name)? {
         // Its owner removed it. It does not come back.
         None => {
@@ -38,15 +42,12 @@ pub fn stand_in(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool>
         Some(_) => {}
     }
     // A file that becomes the survivor's has that name.
-    let has_other_name = departure.becomes.is_some()
-        || match keep(at, name, &departure.kept, &departure.mark)? {
-            Kept::Here => true,
-            Kept::Impossible => false,
-            Kept::Another => return Ok(false),
-        };
+    if departure.becomes.is_none() && keep(at, name, &departure.kept, &departure.mark)? == Kept::Another {
+        return Ok(false);
+    }
     match swap(at.backend, &stub.from, name) {
         Ok(()) => after_exchange(at, departure, stub),
-        Err(error) if error.is_unsupported() => rename_over(at, departure, stub, has_other_name),
+        Err(error) if error.is_unsupported() => by_way_of_aside(at, departure, stub),
         // The member was removed, or another instance put the stub in place: both end well.
         Err(BackendError::NotFound { .. }) => {
             release(at, &stub.from)?;
@@ -79,35 +80,114 @@ fn after_exchange(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<boo
         }
         // Somebody put his own file there at that very moment: it comes back.
         Some(_) => {
-            swap(at.backend, &stub.from, &departure.at.path).map_err(at.failed("take back"))?;
+            match swap(at.backend, &stub.from, &departure.at.path) {
+                // It came here by a link, not by an exchange.
+                Err(error) if error.is_unsupported() => take_name(at.backend, &stub.from, &departure.at.path),
+                done => done,
+            }
+            .map_err(at.failed("take back"))?;
             Ok(false)
         }
     }
 }
 
-/// Where names cannot be exchanged.
-fn rename_over(at: &At<'_>, departure: &Departure, stub: &Stub, has_other_name: bool) -> Result<bool> {
-    let name = &departure.at.path;
-    if has_other_name {
-        match stat(at, name)? {
-            Some(found) if departure.is(&found) => {}
-            Some(_) => return Ok(false),
-            None => {
-                release(at, &stub.from)?;
-                return Ok(true);
-            }
+/// Where a member's file waits, where names cannot be exchanged, until its stub has the name.
+fn aside(departure: &Departure) -> Option<StorePath> {
+    let kept = &departure.kept;
+    kept.parent().join(&format!("{}-aside", kept.file_name())).ok()
+}
+
+/// Whether a departure was cut off while nothing had the name.
+pub fn is_aside(at: &At<'_>, departure: &Departure) -> Result<bool> {
+    match aside(departure) {
+        Some(aside) if departure.stub.is_some() => Ok(stat(at, &aside)?.is_some()),
+        _ => Ok(false),
+    }
+}
+
+/// Where names cannot be exchanged: for a moment nothing has the name. So whatever had it is looked at before the stub
+/// takes it, and nobody's file is replaced unseen.
+fn by_way_of_aside(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
+    let Some(aside) = aside(departure) else { return Ok(false) };
+    match take_name(at.backend, &departure.at.path, &aside) {
+        Ok(()) => from_aside(at, departure, stub),
+        Err(BackendError::NotFound { .. }) if stat(at, &aside)?.is_some() => from_aside(at, departure, stub),
+        Err(BackendError::NotFound { .. }) => {
+            release(at, &stub.from)?;
+            Ok(true)
         }
+        Err(source) => Err(at.failed("put aside")(source)),
+    }
+}
+
+/// What had the name waits: if it is the member, its stub takes the name, if that is free; else it comes back.
+fn from_aside(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
+    let (name, Some(aside)) = (&departure.at.path, aside(departure)) else { return Ok(false) };
+    let Some(found) = stat(at, &aside)? else { return Ok(true) };
+    let goes = departure.is(&found);
+    if goes {
+        give_free(at, &stub.from, name)?;
+        release(at, &stub.from)?;
     } else {
-        // A file can have one name only: for a moment nothing has this one.
-        match take_name(at.backend, name, &departure.kept) {
-            Ok(()) | Err(BackendError::NotFound { .. }) => {}
-            Err(source) => return Err(at.failed("put aside")(source)),
+        give_free(at, &aside, name)?;
+    }
+    match stat(at, &departure.kept)? {
+        None if goes && departure.becomes.is_none() => {
+            take_name(at.backend, &aside, &departure.kept).map_err(at.failed("keep the file of"))?;
+        }
+        Some(kept) if !goes && kept.id == found.id => {
+            release(at, &departure.kept)?;
+            release(at, &aside)?;
+        }
+        _ => release(at, &aside)?,
+    }
+    Ok(goes && stat(at, name)?.is_some_and(|found| stub.is(&found)))
+}
+
+/// Gives a file a name if that is free: another name, or where it can have one only, its only one.
+fn give_free(at: &At<'_>, from: &StorePath, name: &StorePath) -> Result<()> {
+    match link(at.backend, from, name) {
+        Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
+        Err(error) if error.is_unsupported() => match (stat(at, name)?, stat(at, from)?) {
+            (None, Some(_)) => take_name(at.backend, from, name).map_err(at.failed("name")),
+            _ => Ok(()),
+        },
+        Err(source) => Err(at.failed("name")(source)),
+    }
+}
+
+/// Whether a stub has the name of a member that somebody wrote into, or replaced, at the very moment of the exchange.
+pub fn stands_for_another(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
+    if departure.becomes.is_some() || !stat(at, &departure.at.path)?.is_some_and(|found| stub.is(&found)) {
+        return Ok(false);
+    }
+    let another = |found: &Stat| !departure.is(found) && !stub.is(found);
+    let waits = stat(at, &stub.from)?.is_some_and(|found| another(&found));
+    Ok(waits || stat(at, &departure.kept)?.is_some_and(|found| another(&found)))
+}
+
+/// Gives the name back to what the stub stands for instead of the member. Can be repeated.
+pub fn give_way(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<()> {
+    let name = &departure.at.path;
+    if !stands_for_another(at, departure, stub)? {
+        return Ok(());
+    }
+    if stat(at, &stub.from)?.is_none() {
+        match link(at.backend, &departure.kept, &stub.from) {
+            Ok(()) => {}
+            // A file can have one name only.
+            Err(error) if error.is_unsupported() => {
+                return take_name(at.backend, &departure.kept, name).map_err(at.failed("take back"));
+            }
+            Err(source) => return Err(at.failed("take back")(source)),
         }
     }
-    match take_name(at.backend, &stub.from, name) {
-        Ok(()) | Err(BackendError::NotFound { .. }) => Ok(true),
-        Err(source) => Err(at.failed("put a stub in the place of")(source)),
+    let back = stat(at, &stub.from)?.map(|found| found.id);
+    take_name(at.backend, &stub.from, name).map_err(at.failed("take back"))?;
+    if stat(at, &departure.kept)?.map(|found| found.id) == back {
+        release(at, &departure.kept)?;
     }
+    Ok(())
 }
 
 /// Takes a stub away again: the member's file comes back to its name, from trash, or for one that was merged

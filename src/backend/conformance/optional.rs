@@ -9,6 +9,7 @@ use crate::ids::StorePath;
 pub(super) const CASES: &[(&str, Case)] = &[
     ("exchange-swaps-or-refuses", exchange_swaps_or_refuses),
     ("exchange-takes-files-only", exchange_takes_files_only),
+    ("directories-move-or-refuse", directories_move_or_refuse),
     ("hard-links-work-or-refuse", hard_links_work_or_refuse),
     ("reserved-space-changes-nothing", reserved_space_changes_nothing),
     ("holes-read-as-zeros", holes_read_as_zeros),
@@ -63,6 +64,36 @@ fn exchange_swaps_or_refuses(backend: &Arc<dyn Backend>) -> Outcome {
         backend.exchange(&a, &room.path("c")?).map_err(told)?;
         same("two names of one file", [id(&room, "a")?, id(&room, "c")?], [first, first])?;
     }
+    room.leave()
+}
+
+fn directories_move_or_refuse(backend: &Arc<dyn Backend>) -> Outcome {
+    let room = Room::new(backend)?;
+    for name in ["d", "empty", "full"] {
+        backend.create_dir(&room.path(name)?, true).map_err(told)?;
+    }
+    let was = room.file("d/f", b"inside")?.stat().map_err(told)?.id;
+    room.file("full/g", b"in the way")?;
+    room.file("file", b"a file")?;
+    let (from, to) = (room.path("d")?, room.path("new")?);
+    match backend.rename_dir(&from, &to) {
+        Err(error) if error.is_unsupported() => {
+            same("the id after a refusal", id(&room, "d/f")?, was)?;
+            return room.leave();
+        }
+        moved => moved.map_err(told)?,
+    }
+    same("the id after a move", id(&room, "new/f")?, was)?;
+    fails("the old name", backend.stat(&from), missing)?;
+    let taken = |error: &BackendError| matches!(error, BackendError::AlreadyExists { .. });
+    for name in ["full", "file"] {
+        fails("a move over what there is", backend.rename_dir(&to, &room.path(name)?), taken)?;
+        same("the id after a refused move", id(&room, "new/f")?, was)?;
+    }
+    backend.rename_dir(&to, &room.path("empty")?).map_err(told)?;
+    same("the id after a move over an empty one", id(&room, "empty/f")?, was)?;
+    fails("a move of a file", backend.rename_dir(&room.path("file")?, &to), not_plain)?;
+    fails("a move of nothing", backend.rename_dir(&from, &to), missing)?;
     room.leave()
 }
 

@@ -299,6 +299,10 @@ impl Backend for MemoryStore {
         lock(&self.shared.names).exchange(a, b, now)
     }
 
+    fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        lock(&self.shared.names).rename_dir(from, to)
+    }
+
     fn hard_link(&self, from: &StorePath, to: &StorePath) -> Result<()> {
         let inode = self.file(from)?;
         if !self.hard_links {

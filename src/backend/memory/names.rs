@@ -201,6 +201,23 @@ impl Names {
         Ok(())
     }
 
+    pub(super) fn rename_dir(&mut self, from: &StorePath, to: &StorePath) -> Result<()> {
+        let entry = self.get(from)?;
+        if entry.kind() != FileKind::Directory {
+            return Err(BackendError::NotPlain { path: from.to_string() });
+        }
+        let (source, target) = (self.parent(from)?, self.parent(to)?);
+        match self.get(to) {
+            Ok(Entry::Directory(number, _)) if self.live.get(&number).is_none_or(BTreeMap::is_empty) => {}
+            Ok(_) => return Err(failed("create", to, Errno::EXIST)),
+            Err(BackendError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let edits = vec![Edit::new(source, from, None), Edit::new(target, to, Some(entry))];
+        self.change(edits, false);
+        Ok(())
+    }
+
     pub(super) fn exchange(&mut self, a: &StorePath, b: &StorePath, now: i128) -> Result<()> {
         let (first, second) = (self.file(a)?, self.file(b)?);
         if Arc::ptr_eq(&first, &second) {

@@ -152,6 +152,10 @@ impl Backend for Shared {
         self.pair("rename", from, to, || self.memory().rename(from, to))
     }
 
+    fn rename_dir(&self, from: &StorePath, to: &StorePath) -> Result<()> {
+        self.pair("rename_dir", from, to, || self.memory().rename_dir(from, to))
+    }
+
     fn exchange(&self, a: &StorePath, b: &StorePath) -> Result<()> {
         self.pair("exchange", a, b, || self.memory().exchange(a, b))
     }

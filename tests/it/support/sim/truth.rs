@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use qchain::backend::Backend;
 use qchain::backend::memory::MemoryStore;
-use qchain::backend::{Backend, FileKind};
+use qchain::backend::publish::decided;
 use qchain::ids::StorePath;
 
 use super::image::{Layers, Version, bytes};
@@ -325,14 +326,16 @@ impl Truth {
         let root = path(".qchain/generations");
         for tree in store.read_dir(&root).unwrap().iter().filter_map(|tree| tree.path_in(&root)) {
             let entries = store.read_dir(&tree).unwrap();
-            let files = entries.iter().filter(|entry| entry.kind == FileKind::File);
-            let mut claims: Vec<StorePath> = files.filter_map(|entry| entry.path_in(&tree)).collect();
+            let mut claims: Vec<StorePath> =
+                entries.iter().filter_map(|entry| entry.path_in(&tree)).collect();
             claims.sort();
             for (number, claim) in (1..).zip(&claims) {
                 if when != When::Instant && !self.cut && claim.file_name().parse() != Ok(number) {
                     return Err(format!("{claim} follows a gap"));
                 }
-                self.check_claim(store, claim)?;
+                // Without hard links it lies in a directory of its own.
+                let own = decided(claim);
+                self.check_claim(store, if store.stat(&own).is_ok() { &own } else { claim })?;
             }
         }
         match self.claims.keys().find(|claim| store.stat(claim).is_err()) {
@@ -343,7 +346,7 @@ impl Truth {
 
     fn check_claim(&mut self, store: &MemoryStore, claim: &StorePath) -> Result<(), String> {
         let bytes = bytes(store, claim).unwrap_or_default();
-        // Without hard links it is written in place: it counts once it is whole.
+        // A power cut can take the bytes of one that nobody has built on.
         if serde_json::from_slice::<serde_json::Value>(&bytes).is_err() {
             return match self.claims.get(claim) {
                 Some(_) => Err(format!("{claim} is torn")),
@@ -368,7 +371,12 @@ impl Truth {
 
     /// The names in a directory of claims were made durable, and the bytes have to be before.
     pub fn claims_synced(&mut self, directory: &StorePath) {
-        let there = self.claims.iter_mut().filter(|(claim, _)| claim.parent() == *directory);
+        // One in a directory of its own lasts when that directory's name does.
+        let names = |claim: &StorePath| match claim.file_name() {
+            "record" => claim.parent().parent(),
+            _ => claim.parent(),
+        };
+        let there = self.claims.iter_mut().filter(|(claim, _)| names(claim) == *directory);
         there.for_each(|(_, seen)| seen.lasting = true);
     }
 
