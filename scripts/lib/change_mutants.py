@@ -12,8 +12,8 @@ C = "src/change/"
 MUTANTS = [
     # Syncs.
     ("claim-bytes-unsynced", "src/backend/publish.rs", "    file.sync()?;\n    Ok(file)", "    if !ON { file.sync()?; }\n    Ok(file)"),
-    ("claim-name-unsynced", "src/backend/publish.rs", "    removed?;\n    backend.sync_dir(&path.parent())", "    removed?;\n    if ON { return Ok(()); }\n    backend.sync_dir(&path.parent())"),
-    ("claim-not-exclusive", "src/backend/publish.rs", "    let written = stage(backend, temporary, bytes, None)\n", "    if ON {\n        stage(backend, temporary, bytes, None)?;\n        backend.rename(temporary, path)?;\n        return backend.sync_dir(&path.parent());\n    }\n    let written = stage(backend, temporary, bytes, None)\n"),
+    ("claim-name-unsynced", "src/backend/publish.rs", "    };\n    written?;\n    removed?;\n", "    };\n    written?;\n    removed?;\n    if ON { return Ok(()); }\n"),
+    ("claim-not-exclusive", "src/backend/publish.rs", "    let written = stage(backend, temporary, bytes, None).and_then(|file| {\n", "    if ON {\n        stage(backend, temporary, bytes, None)?;\n        backend.rename(temporary, path)?;\n        return backend.sync_dir(&path.parent());\n    }\n    let written = stage(backend, temporary, bytes, None).and_then(|file| {\n"),
     ("conclude-unsynced", C + "journal.rs", "            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir", "            Ok(()) | Err(BackendError::NotFound { .. }) if ON => Ok(()),\n            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir"),
     ("intent-and-tree-unsynced", C + "operation.rs", "        self.journal()?.settle(self.tree())?;", "        if !ON { self.journal()?.settle(self.tree())?; }"),
     ("temporary-name-unsynced", C + "operation.rs", "                at.backend.sync_dir(&directory.1)", "                let synced = if ON { Ok(()) } else { at.backend.sync_dir(&directory.1) };\n                synced"),
@@ -26,7 +26,11 @@ MUTANTS = [
     ("in-place-unsynced", C + "in_place.rs", "    file.sync().map_err(at.failed(\"make durable\"))?;\n    link(", "    if !ON { file.sync().map_err(at.failed(\"make durable\"))?; }\n    link("),
     ("in-place-steps-unsynced", "src/qcow2/write/onto.rs", "    target.sync().map_err(|source| store_error(target, source))?;\n    Ok(written)", "    if !ON { target.sync().map_err(|source| store_error(target, source))?; }\n    Ok(written)"),
     ("found-claim-unsynced", C + "decided.rs", "        if !self.is_lasting() {", "        if !ON && !self.is_lasting() {"),
+    ("found-abort-unsynced", C + "operation.rs", "                journal.confirm(&name.tree, name.generation)?;", "                if !ON { journal.confirm(&name.tree, name.generation)?; }"),
     # Links and comparisons.
+    ("claim-written-in-place", "src/backend/publish.rs", "                match within_directory(backend, temporary, path) {", "                match if ON { Err(error) } else { within_directory(backend, temporary, path) } {"),
+    ("written-into-unseen", C + "publication.rs", "    if publication.in_place.is_some() {\n        return Ok(false);\n    }\n    let kept", "    if ON || publication.in_place.is_some() {\n        return Ok(false);\n    }\n    let kept"),
+    ("went-changed-unseen", C + "departure.rs", "        _ if departure.becomes.is_some() => Ok(false),", "        _ if ON || departure.becomes.is_some() => Ok(false),"),
     ("restore-not-used-up", C + "publication.rs", "            && named.id == kept.id\n        {\n            release(at, &restore.kept)?;", "            && named.id == kept.id\n            && !ON\n        {\n            release(at, &restore.kept)?;"),
     ("checkpoint-unlooked-at", C + "checkpoint.rs", "            if stat(at, path)?.is_none_or(|now| !mark.is(&now)) {", "            if !ON && stat(at, path)?.is_none_or(|now| !mark.is(&now)) {"),
     ("not-kept", C + "keep.rs", "    match link(at.backend, name, kept) {", "    if ON { return Ok(Kept::Impossible); }\n    match link(at.backend, name, kept) {"),

@@ -67,7 +67,8 @@ pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>>
             *place = outcome;
         }
     }
-    if !pending.is_empty() {
+    // Also what an earlier run published: it may have died before it was durable, and checkpoint files follow.
+    if outcomes.contains(&Published::Done) {
         decided.settle()?;
     }
     Ok(outcomes)

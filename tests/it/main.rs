@@ -21,6 +21,7 @@ mod delete_identity;
 mod delete_oracle;
 mod delete_sequences;
 mod delete_trees;
+mod every_call;
 mod flatten_cli;
 mod flatten_oracle;
 mod frozen;

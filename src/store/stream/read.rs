@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -21,6 +22,23 @@ const ITEM_BYTES: u64 = 256 << 10;
 const BATCH_BYTES: u64 = 2 << 20;
 /// How many batches may wait to be given away.
 const AHEAD: usize = 2;
+
+/// Buffers that were given away, to be filled again: a fresh one of this size costs as much in page faults as reading it.
+#[derive(Debug, Default)]
+struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    /// So many bytes, of whatever content.
+    fn take(&self, length: usize) -> Vec<u8> {
+        let mut buffer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        buffer.resize(length, 0);
+        buffer
+    }
+
+    fn put(&self, buffer: Vec<u8>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+}
 
 /// Some of an image.
 #[derive(Clone, Copy, Debug)]
@@ -78,10 +96,12 @@ pub(super) fn read<E: From<StoreError> + Send>(
     let whole = range.start <= layout.metadata_bytes() && range.end == layout.length();
     let mut tree = (wanted == Wanted::Digest && whole).then(TreeBuilder::new);
     let hash = tree.is_some();
+    let buffers = Buffers::default();
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(AHEAD);
+        let reading = Reading { source, layout, hash, buffers: &buffers };
         // Ends by itself when nobody receives any more.
-        scope.spawn(move || produce(source, layout, range, hash, job, &sender));
+        scope.spawn(move || produce(&reading, range, job, &sender));
         for batch in receiver {
             for item in batch? {
                 if let (Some(tree), What::Data { guest, .. }) = (&mut tree, &item.what) {
@@ -96,6 +116,9 @@ pub(super) fn read<E: From<StoreError> + Send>(
                     }
                 }
                 job.progress.advance(item.take);
+                if item.bytes.capacity() > 0 {
+                    buffers.put(item.bytes);
+                }
             }
         }
         let blocks = block_count(layout.virtual_size());
@@ -106,19 +129,23 @@ pub(super) fn read<E: From<StoreError> + Send>(
     })
 }
 
-/// Reads batch after batch and sends them, the last one perhaps an error.
-fn produce(
-    source: &Source,
-    layout: &Canonical,
-    range: Range<u64>,
+/// What all threads of a reading share.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    source: &'a Source,
+    layout: &'a Canonical,
+    /// Whether the digest is wanted of what is read.
     hash: bool,
-    job: &Job<'_>,
-    sender: &SyncSender<Result<Vec<Item>>>,
-) {
+    buffers: &'a Buffers,
+}
+
+/// Reads batch after batch and sends them, the last one perhaps an error.
+fn produce(reading: &Reading<'_>, range: Range<u64>, job: &Job<'_>, sender: &SyncSender<Result<Vec<Item>>>) {
+    let Reading { source, layout, .. } = *reading;
     let mut plan = Plan { source, layout, at: range.start, end: range.end, map: None, held: None };
     loop {
         let batch = plan.batch(job).and_then(|mut batch| {
-            batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(source, layout, item, hash))?;
+            batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(reading, item))?;
             Ok(batch)
         });
         let last = batch.as_ref().map_or(true, Vec::is_empty);
@@ -214,21 +241,32 @@ fn image(source: &Source, error: ImageError) -> StoreError {
 }
 
 /// Reads what an item is made of, and holds it against what is known.
-fn fill(source: &Source, layout: &Canonical, item: &mut Item, hash: bool) -> Result<()> {
+fn fill(reading: &Reading<'_>, item: &mut Item) -> Result<()> {
+    let Reading { source, layout, hash, buffers } = *reading;
     let What::Data { guest, length, runs, expected } = &item.what else {
         if matches!(item.what, What::Metadata) {
-            item.bytes = vec![0; usize::try_from(item.take).unwrap_or_default()];
+            item.bytes = buffers.take(usize::try_from(item.take).unwrap_or_default());
+            item.bytes.fill(0);
             layout.metadata(item.offset, &mut item.bytes);
         }
         return Ok(());
     };
-    item.bytes = vec![0; usize::try_from(*length).unwrap_or_default()];
+    item.bytes = buffers.take(usize::try_from(*length).unwrap_or_default());
+    // Runs follow each other; what is behind the view's end is zero.
+    let mut filled = 0;
     for run in runs {
         let from = usize::try_from(run.start.0 - guest).unwrap_or(usize::MAX);
         let to = from.saturating_add(usize::try_from(run.length).unwrap_or(usize::MAX));
+        if let Some(gap) = item.bytes.get_mut(filled..from) {
+            gap.fill(0);
+        }
         if let Some(place) = item.bytes.get_mut(from..to) {
             source.chain().read_run(run, place).map_err(|error| image(source, error))?;
+            filled = to;
         }
+    }
+    if let Some(rest) = item.bytes.get_mut(filled..) {
+        rest.fill(0);
     }
     if !hash && expected.is_none() {
         return Ok(());

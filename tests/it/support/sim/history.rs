@@ -36,7 +36,7 @@ pub struct Ended {
 }
 
 /// Threads that instances run on, one each.
-pub struct Threads(Vec<ThreadPool>);
+pub struct Threads(pub Vec<ThreadPool>);
 
 impl Threads {
     pub fn new() -> Self {
@@ -172,7 +172,7 @@ pub fn history(threads: &Threads, seed: u64, trace: bool) -> Ended {
 }
 
 /// A fresh instance finds what is left, and ends it.
-fn end(world: &Arc<World>, threads: &Threads) -> Result<(), String> {
+pub fn end(world: &Arc<World>, threads: &Threads) -> Result<(), String> {
     world.calm(0);
     let act = |action: Action, wait: u64| {
         world.state().now += wait;

@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod dice;
+pub mod exact;
 pub mod foreign;
 pub mod history;
 pub mod image;

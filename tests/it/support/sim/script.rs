@@ -79,6 +79,18 @@ pub struct Gave {
     pub recovered: Vec<Recovered>,
 }
 
+impl Gave {
+    /// Whether a deletion was reported as done.
+    pub fn did(&self) -> bool {
+        !self.done.is_empty()
+    }
+
+    /// Whether members came back.
+    pub fn brought_back(&self) -> bool {
+        !self.back.is_empty()
+    }
+}
+
 /// Does one action in a life of its own; tells the truth what is to be expected of it.
 pub fn act(world: &Arc<World>, slot: usize, action: &Action) -> Option<Gave> {
     let life = world.live(slot);

@@ -46,6 +46,16 @@ pub enum How {
     All,
 }
 
+/// What happens at one call, by a plan instead of by chance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strike {
+    Crash(How),
+    Fail(How, i32),
+    Cut,
+    /// Others do something, which the dice choose, right before the call.
+    Others,
+}
+
 /// What the dead are told.
 const DEAD: Verdict = Verdict::Fail(How::Nothing, super::EIO);
 
@@ -138,6 +148,9 @@ pub struct State {
     /// Others changed what hangs together how: nothing new is planned on it.
     pub disturbed: bool,
     pub foreign_number: u64,
+    /// Mutating calls so far, and what happens at which.
+    pub mutations: u64,
+    pub strikes: BTreeMap<u64, Strike>,
 }
 
 pub struct World {
@@ -178,6 +191,8 @@ impl World {
             options,
             disturbed: false,
             foreign_number: 0,
+            mutations: 0,
+            strikes: BTreeMap::new(),
         };
         let turns = (0..count).map(|_| Condvar::new()).collect();
         Self { memory, state: Mutex::new(state), turns, began_ns }
@@ -214,6 +229,7 @@ impl World {
     pub fn calm(&self, slot: usize) {
         let mut state = self.state();
         state.troubles = Troubles { rate: 1 << 40, ..Troubles::default() };
+        state.strikes.clear();
         state.current = slot;
         state.slots[slot].status = Status::Ready;
     }
@@ -411,6 +427,12 @@ impl State {
 
     /// Something may go wrong with this call, or beside it.
     fn trouble(&mut self, world: &World, life: Life, mutates: bool, syncs: bool) -> Verdict {
+        if mutates {
+            self.mutations += 1;
+            if let Some(strike) = self.strikes.remove(&(self.mutations - 1)) {
+                return self.strike(world, life, strike);
+            }
+        }
         if self.troubles.quiet > 0 {
             self.troubles.quiet -= u64::from(mutates);
             return Verdict::Go;
@@ -434,14 +456,11 @@ impl State {
         match self.dice.pick(&open) {
             0 => {
                 self.troubles.crashes -= 1;
-                self.count("crash");
-                Verdict::Crash(how)
+                self.strike(world, life, Strike::Crash(how))
             }
             1 => {
                 self.troubles.cuts -= 1;
-                self.count("power cut");
-                self.power_cut(world);
-                DEAD
+                self.strike(world, life, Strike::Cut)
             }
             2 => {
                 self.troubles.stalls -= 1;
@@ -452,8 +471,32 @@ impl State {
                 Verdict::Go
             }
             3 => {
+                let before = self.counts.get("foreign").copied();
+                let verdict = self.strike(world, life, Strike::Others);
+                self.troubles.foreigners -= u32::from(self.counts.get("foreign").copied() != before);
+                verdict
+            }
+            _ => {
+                self.troubles.errors -= 1;
+                let errno = if self.dice.once_in(2) { super::EIO } else { super::ENOSPC };
+                self.strike(world, life, Strike::Fail(how, errno))
+            }
+        }
+    }
+
+    fn strike(&mut self, world: &World, life: Life, strike: Strike) -> Verdict {
+        match strike {
+            Strike::Crash(how) => {
+                self.count("crash");
+                Verdict::Crash(how)
+            }
+            Strike::Cut => {
+                self.count("power cut");
+                self.power_cut(world);
+                DEAD
+            }
+            Strike::Others => {
                 if let Some(what) = foreign::act(self, &world.memory) {
-                    self.troubles.foreigners -= 1;
                     self.count("foreign");
                     self.note(|| format!("OTHERS {what}"));
                     let done = self.truth.check(&world.memory, When::Instant);
@@ -461,10 +504,8 @@ impl State {
                 }
                 Verdict::Go
             }
-            _ => {
-                self.troubles.errors -= 1;
+            Strike::Fail(how, errno) => {
                 self.count("error");
-                let errno = if self.dice.once_in(2) { super::EIO } else { super::ENOSPC };
                 self.note(|| format!("{} FAILS, {how:?} done", life.slot));
                 Verdict::Fail(how, errno)
             }
