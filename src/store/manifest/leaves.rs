@@ -248,6 +248,10 @@ impl LeafFile {
         let run = BlockRun::decode(&raw, next, before.as_ref(), block_count(self.shape.virtual_size))
             .map_err(|source| LeafError::Fault { name: self.name.clone(), source })?;
         let leaves_before = leaves_before + before.filter(|run| !run.zero).map_or(0, |run| run.count);
+        // No more leaves than are stored: a walk takes a step for each.
+        if !run.zero && run.count > self.shape.leaves.saturating_sub(leaves_before) {
+            return Err(LeafError::Fault { name: self.name.clone(), source: TableFault::Run(next) });
+        }
         let before_end = before.as_ref().map_or(0, BlockRun::end);
         self.cursor = Cursor { next: next + 1, run: Some(run), before_end, leaves_before };
         Ok(Some(run))
@@ -348,9 +352,11 @@ mod tests {
     use super::{LeafError, LeafFile, LeafSink, path};
     use crate::backend::Backend;
     use crate::backend::memory::MemoryStore;
+    use crate::digest::table::TableFault;
     use crate::digest::view::{Leaves, Says, Stretch, view_digest};
     use crate::digest::{TreeBuilder, leaf};
     use crate::ids::Digest;
+    use crate::store::manifest::TableMark;
     use crate::store::record::own;
 
     fn store() -> MemoryStore {
@@ -387,6 +393,22 @@ mod tests {
         leaves[2500..2600].iter().for_each(|leaf| tree.push_leaf(*leaf));
         tree.push_zero_blocks((1 << 14) - 2600);
         assert_eq!(view_digest(&mut [file]).unwrap(), tree.finish(1 << 30));
+    }
+
+    #[test]
+    fn runs_of_more_leaves_than_are_stored_are_refused() {
+        // Found by fuzzing: one leaf, and a run of four million million.
+        let bytes = include_bytes!("../../../tests/fuzz/seeds/leaves/overlong");
+        let body = &bytes[..bytes.len() - 32];
+        let bytes = [body, blake3::hash(body).as_bytes()].concat();
+        let store = store();
+        store.create_dir(&own(&["leaves"]), true).unwrap();
+        store.create(&path("table")).unwrap().write_at(0, &bytes).unwrap();
+        let blake3 = Digest(*blake3::hash(&bytes).as_bytes());
+        let mark = TableMark { name: "table".to_owned(), blake3, leaves: 1, runs: 2 };
+        let mut table = LeafFile::open(&store, &mark).unwrap();
+        assert!(matches!(table.stretch(5), Err(LeafError::Fault { source: TableFault::Run(0), .. })));
+        assert!(view_digest(&mut [table]).is_err());
     }
 
     #[test]
