@@ -14,6 +14,7 @@ use crate::change::publication::{self, Published};
 use crate::change::record::{Claim, Commit, Decision, OperationId, Place, Purpose};
 use crate::change::site::Site;
 use crate::qcow2::write::Written;
+use crate::store::attest::Carried;
 
 /// A decided operation, with its tree's lease while it is worked on.
 pub struct Decided<'s> {
@@ -43,6 +44,8 @@ pub struct Grown {
     pub written: Written,
     /// What was proved.
     pub proof: Proof,
+    /// What was proved beside the plan, or why nothing was.
+    pub carried: Carried,
 }
 
 impl<'s> Decided<'s> {

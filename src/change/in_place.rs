@@ -5,6 +5,10 @@
 //! again from the beginning; until the switch the file is what it was, and so is every view. A failure that
 //! is not the store's own takes the publication back: the deleted member keeps its old image, and what was
 //! added behind its end is cut off again.
+//!
+//! What is known of the members is carried over in two steps: leaf table and manifest of the new file are written, and
+//! proved, before the switch; once the file is what it will be the manifest gets the file's mark. A crash between the two
+//! leaves a manifest that fits no file, and recovery does the second step.
 
 use std::sync::Arc;
 
@@ -16,7 +20,7 @@ use crate::chain::graph::NodeId;
 use crate::change::decided::{Decided, Grown};
 use crate::change::error::{ChangeError, Result};
 use crate::change::publication::{Published, stat};
-use crate::change::record::{InPlace, Publication};
+use crate::change::record::{InPlace, Mark, Publication};
 use crate::change::site::{At, Site};
 use crate::failure::{Code, Failure, Kind, with_causes};
 use crate::ids::StorePath;
@@ -25,6 +29,9 @@ use crate::qcow2::Image;
 use crate::qcow2::layout::Switched;
 use crate::qcow2::unused::unused_below;
 use crate::qcow2::write::{Sources, switch, switch_state, write_onto};
+use crate::store::attest::{Attestor, Knowledge, Made, mark_again};
+use crate::store::manifest::FileMark;
+use crate::store::manifest::shelf::{self, Shelf};
 use crate::store::merge::MergeInput;
 use crate::store::prove::prove;
 use crate::store::record::own;
@@ -65,7 +72,7 @@ pub fn complete(
         Err(error) if error.is_unsupported() => None,
         Err(source) => return Err(at.failed("lock")(source)),
     };
-    if let Err(error) = grow(site, decided, plan, &at, &file) {
+    if let Err(error) = grow(site, decided, (publication, plan), &at, &file) {
         // The store's own failures are tried again by recovery; all others end the attempt: nothing is lost
         // before the switch but what was added.
         let state = switch_state(&plan.switch, file.as_ref());
@@ -80,7 +87,7 @@ pub fn complete(
                 Err(error)
             }
             _ => {
-                cut_off(&at, plan, &file)?;
+                cut_off(site, &at, plan, &file)?;
                 let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
                 Ok(Err(Published::TakenBack { code: error.code(), reason }))
             }
@@ -90,6 +97,7 @@ pub fn complete(
     let old = survivor.backend.open(&publication.at.path).map_err(survivor.failed("open"))?;
     take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
     file.sync().map_err(at.failed("make durable"))?;
+    carry_over(site, publication, &at, &file)?;
     link(at.backend, &lowest.path, &publication.from).map_err(at.failed("give a second name to"))?;
     if let Some(held) = held {
         decided.keep_writers_out(held);
@@ -126,7 +134,7 @@ pub fn keep_writers_out(site: &Site<'_>, decided: &Decided<'_>, publication: &Pu
 fn grow(
     site: &Site<'_>,
     decided: &Decided<'_>,
-    plan: &InPlace,
+    (publication, plan): (&Publication, &InPlace),
     at: &At<'_>,
     file: &Arc<dyn StoreFile>,
 ) -> Result<()> {
@@ -148,6 +156,7 @@ fn grow(
         // Died between the switch and the second name.
         return Ok(());
     }
+    let knowledge = known_before(site, publication, plan, (&scan, &merge, &input))?;
     let layout = input.layout_onto(Some(plan.base)).map_err(image_failed)?;
     let alignment = input.alignments(plan.clone_alignment);
     let images: Vec<Image> = input.upper.images().cloned().collect();
@@ -173,13 +182,57 @@ fn grow(
     let image = Image::open_switched(sealed, &format!("the new image in {}", at.name), becomes)
         .map_err(image_failed)?;
     let proof = prove(&layout, &input, &image, &at.name)?;
-    if let Some(survivor) = plan.members.last() {
-        decided.note(Grown { survivor: survivor.clone(), written, proof });
-    }
+    let made = Made {
+        input: &input,
+        layout: &layout,
+        new: &image,
+        alignment: &alignment,
+        now_ns: site.clock.wall_ns(),
+        cancel: site.cancel,
+        pace: &site.pace,
+    };
+    let carried = knowledge.carry(site.stores.get(at.key.store)?, &made)?;
+    let survivor = publication.at.clone();
+    decided.note(Grown { survivor, written, proof, carried });
     if decided.is_undone()? {
         return Err(ChangeError::ChangedMeanwhile { member: at.name.clone() });
     }
     switch(becomes, file.as_ref()).map_err(image_failed)
+}
+
+/// What is known of the members, looked up before the first byte is written: by an attempt that a crash cut off, some
+/// may have been.
+fn known_before(
+    site: &Site<'_>,
+    publication: &Publication,
+    plan: &InPlace,
+    (scan, merge, input): (&Scan, &Merge, &MergeInput),
+) -> Result<Knowledge> {
+    let Mark { inode, modified_ns, .. } = publication.new;
+    let grown = FileMark { inode, length: plan.length, modified_ns: modified_ns.into() };
+    let shelves = Shelf::load_all(site.stores)?;
+    Ok(Attestor::open(site.stores, scan, &shelves, merge, input, Some(grown))?)
+}
+
+/// The file is the survivor's now, and what is known of it is so from here on; what it was as the deleted member's is no
+/// more. Of a survivor whose new file is not known nothing is: nobody asks what its old one was.
+fn carry_over(
+    site: &Site<'_>,
+    publication: &Publication,
+    at: &At<'_>,
+    file: &Arc<dyn StoreFile>,
+) -> Result<()> {
+    let store = site.stores.get(at.key.store)?;
+    let shelf = Shelf::load(store)?;
+    let (member, new) = (&publication.at.path, publication.new.inode);
+    let mut stale = vec![(&at.key.path, new)];
+    if !mark_again(store, member, file)? {
+        stale.extend([(member, new), (member, publication.old.inode)]);
+    }
+    for (member, inode) in stale.into_iter().filter(|(member, inode)| shelf.has(member, *inode)) {
+        shelf::forget(at.backend, member, inode).map_err(at.failed("forget what is known of"))?;
+    }
+    Ok(())
 }
 
 /// Whether an image's tables lie behind the base already.
@@ -219,13 +272,14 @@ fn find(site: &Site<'_>, plan: &InPlace) -> Result<(Scan, Merge)> {
 }
 
 /// Takes off again what was added to a file that was not switched.
-fn cut_off(at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFile>) -> Result<()> {
+fn cut_off(site: &Site<'_>, at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFile>) -> Result<()> {
     let image = Image::open(file.clone(), &at.name)
         .map_err(|error| StoreError::Image { member: at.name.clone(), source: error })?;
     if !is_switched(&image, plan) && image.file_length() > plan.length {
         // Not synced: it may be a sync that failed, and a power cut brings back no more than bytes behind the
         // image's end.
         file.set_length(plan.length).map_err(at.failed("shorten"))?;
+        mark_again(site.stores.get(at.key.store)?, &at.key.path, file)?;
     }
     Ok(())
 }
@@ -255,6 +309,7 @@ pub fn give_back(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
             }
         }
         file.sync().map_err(at.failed("make durable"))?;
+        mark_again(site.stores.get(at.key.store)?, &at.key.path, &file)?;
     }
     Ok(true)
 }

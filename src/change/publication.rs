@@ -43,7 +43,8 @@ pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>>
     let lost = is_any_lost(site, &decided.commit.restores)?;
     let mut outcomes = Vec::new();
     let mut pending = Vec::new();
-    for (index, publication) in decided.commit.publications.iter().enumerate() {
+    // Those that stand on others first: a merge in place leaves nothing known of the member that it went into.
+    for (index, publication) in decided.commit.publications.iter().enumerate().rev() {
         let at = site.at(&publication.at)?;
         let outcome = match look(site, decided, publication, &at)? {
             Some(outcome) => outcome,
@@ -60,6 +61,8 @@ pub fn publish(site: &Site<'_>, decided: &Decided<'_>) -> Result<Vec<Published>>
         };
         outcomes.push(outcome);
     }
+    outcomes.reverse();
+    pending.reverse();
     sync_all(pending.iter().map(|pending| (&pending.at, pending.publication.kept.parent())))?;
     for one in &pending {
         let outcome = put_in_place(one)?;

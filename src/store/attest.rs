@@ -6,13 +6,15 @@
 //! read back from the store and must hash to its leaves.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use crate::backend::StoreFile;
 use crate::chain::delete::Merge;
 use crate::chain::graph::NodeId;
 use crate::digest::view::{Seen, view_digest, walk};
 use crate::digest::{block_count, zero_leaf};
 use crate::failure::Code;
-use crate::ids::Digest;
+use crate::ids::{Digest, StorePath};
 use crate::progress::{Cancel, Pace, Silent};
 use crate::qcow2::check::Limits;
 use crate::qcow2::fingerprint::fingerprint;
@@ -47,7 +49,7 @@ pub struct Attestor {
 }
 
 /// What was proved beside the plan, and what is to be written down once the file has its name.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Attested {
     /// The survivor's view digest, before and after.
     pub view_digest: Digest,
@@ -76,6 +78,17 @@ pub struct Made<'a> {
     pub pace: &'a Pace,
 }
 
+/// What the members' manifests were good for.
+#[derive(Clone, Debug)]
+pub enum Carried {
+    /// The survivor's view digest was proved equal, and its new file is adopted.
+    Attested(Attested),
+    /// The survivor was adopted, and its new file is not: why.
+    Lost(String),
+    /// The survivor was not adopted.
+    Nothing,
+}
+
 /// How an attestor is had.
 #[derive(Debug)]
 pub enum Knowledge {
@@ -87,8 +100,20 @@ pub enum Knowledge {
     Nothing,
 }
 
+impl Knowledge {
+    /// Carries what is known of the members over to the new file, as [`Attestor::attest`] does.
+    pub fn carry(self, store: &Store, made: &Made<'_>) -> Result<Carried> {
+        Ok(match self {
+            Self::All(mut attestor) => Carried::Attested(attestor.attest(store, made)?),
+            Self::Missing(why) => Carried::Lost(why),
+            Self::Nothing => Carried::Nothing,
+        })
+    }
+}
+
 impl Attestor {
     /// Looks up what is known of a merge's members, and that their tables are what they were when they were adopted.
+    /// `grown` is what the lowest one's file was before a merge in place wrote behind its end.
     ///
     /// # Errors
     ///
@@ -99,17 +124,16 @@ impl Attestor {
         shelves: &[Shelf],
         merge: &Merge,
         input: &MergeInput,
+        grown: Option<FileMark>,
     ) -> Result<Knowledge> {
         let upper: Vec<NodeId> =
             std::iter::once(merge.survivor).chain(merge.merged.iter().rev().copied()).collect();
-        let lower = match merge.new_parent {
-            Some(parent) => {
-                let mut line = vec![parent];
-                line.extend(scan.graph.ancestors(parent).unwrap_or_default());
-                line
-            }
-            None => Vec::new(),
-        };
+        let ancestors = |parent| scan.graph.ancestors(parent).unwrap_or_default();
+        let lower: Vec<NodeId> = merge
+            .new_parent
+            .into_iter()
+            .flat_map(|parent| std::iter::once(parent).chain(ancestors(parent)))
+            .collect();
         let mut manifests = Vec::new();
         let mut tables = Vec::new();
         let mut oldest_ns = Some(i64::MAX);
@@ -121,8 +145,9 @@ impl Attestor {
             let (store, name) = (stores.get(key.store)?, stores.display(key));
             let known = shelf::known(stores, scan, shelves, *id)?;
             survivor_known &= index > 0 || known != Known::Nothing;
-            let merged = images.get(index).filter(|_| index < upper.len());
-            match judge(&known, merged.copied(), &name)? {
+            let merged = images.get(index).filter(|_| index < upper.len()).map(|image| (*image).clone());
+            let (known, merged) = before(known, merged, grown.filter(|_| index + 1 == upper.len()));
+            match judge(&known, merged.as_ref(), &name)? {
                 Judged::Good(manifest) => {
                     match leaves::usable(store, &name, &manifest.leaves)? {
                         Ok(table) => tables.push(table),
@@ -293,6 +318,24 @@ impl Attestor {
     }
 }
 
+/// Puts the manifest of a member's file in force again, after a write of qchain's own that changed nothing of what it
+/// says; `false` if the file has none, or is not what it says.
+pub fn mark_again(store: &Store, member: &StorePath, file: &Arc<dyn StoreFile>) -> Result<bool> {
+    let stat = file.stat().map_err(|source| StoreError::backend(store, source))?;
+    let Some(Ok(manifest)) = shelf::read(store, member, stat.id.inode)? else { return Ok(false) };
+    if manifest.file == FileMark::from(&stat) {
+        return Ok(true);
+    }
+    let failed = |source| StoreError::Image { member: member.to_string(), source };
+    let image = Image::open(Arc::clone(file), member.as_str()).map_err(failed)?;
+    let (_, taken) = fingerprint(&image, &Limits::default()).map_err(failed)?;
+    if taken.map(|taken| (taken.meta, taken.start)) != Some((manifest.meta_blake3, manifest.start_blake3)) {
+        return Ok(false);
+    }
+    shelf::write(store, &Manifest { file: FileMark::from(&stat), ..manifest })?;
+    Ok(true)
+}
+
 /// The blocks of the new file whose bytes are no shared extents: copied, recompressed or put together.
 pub fn read_back(
     layout: &Layout,
@@ -305,6 +348,8 @@ pub fn read_back(
         .filter(|run| clonable(run, alignment))
         .map(|run| run.to..run.to.saturating_add(run.length))
         .collect();
+    // What a merge in place keeps lies before all that it writes.
+    cloned.extend(layout.kept().map(|(_, base)| 0..base));
     cloned.sort_by_key(|range| range.start);
     let shared = |from: u64, to: u64| {
         let behind = cloned.partition_point(|range| range.start <= from);
@@ -379,6 +424,16 @@ impl From<LeafError> for Failed {
 enum Judged {
     Good(Box<Manifest>),
     Missing(String),
+}
+
+/// What was known of a member, and its image, before a merge in place wrote behind its end.
+fn before(known: Known, image: Option<Image>, grown: Option<FileMark>) -> (Known, Option<Image>) {
+    match (known, image, grown) {
+        (Known::Changed(manifest), Some(image), Some(mark)) if manifest.file == mark => {
+            (Known::Current(manifest), Some(image.ending_at(mark.length)))
+        }
+        (known, image, _) => (known, image),
+    }
 }
 
 /// Whether what is known of a member can be built on. The metadata of one that is merged (`image`) must be what it was.

@@ -172,6 +172,37 @@ fn every_kind_of_chain_on_ext4() {
     }
 }
 
+/// In place: where it can be done, what is known of the survivor goes over to the file that it got.
+#[test]
+fn what_is_known_survives_a_merge_in_place() {
+    let mount = LoopMount::new(FsKind::Ext4, 4 << 30);
+    let (mut done, parent) = (0, mount.path());
+    for (name, specs) in chains() {
+        let (store, truth) = folders(&parent, "place");
+        build(&store, &truth, &specs);
+        init(&store, StoreKind::Plain);
+        adopt_well(&store);
+        let before: Vec<_> = NAMES[..4].iter().map(|name| owner_and_mode(&store.join(name))).collect();
+        for deleted in [&NAMES[1..2], &NAMES[1..3]] {
+            let context = format!("{name}, without {deleted:?}: {specs:#?}");
+            match delete(&open(&store), deleted, ModeChoice::InPlace) {
+                Ok(report) => {
+                    assert!(report.first_failure().is_none(), "{context}: {:?}", report.first_failure());
+                    done += 1;
+                    check_proof(&report, Means::Clone, &context);
+                    check_known(&store, &context);
+                    check_survivors(&store, &truth, deleted, &before, &context);
+                    break;
+                }
+                Err(error) => assert_eq!(error.code(), Code::ModeImpossible, "{context}: {error}"),
+            }
+        }
+        fs::remove_dir_all(&store).unwrap();
+        fs::remove_dir_all(&truth).unwrap();
+    }
+    assert!(done > 10, "only {done} could be merged in place");
+}
+
 /// P 128 KiB of 0x11; A of 96 KiB over P with 4 KiB written at 64 KiB; B of 128 KiB over A.
 #[test]
 fn what_lies_past_a_members_end_stays_zero() {

@@ -180,7 +180,7 @@ fn finish(case: &Case, store: &dyn Backend, chain: &Chain, onto: &Onto, layout: 
     assert!(plan.at + plan.new.len() as u64 <= 512 && plan.new.len() <= 60);
     assert_eq!(switch_state(plan, &*onto.target).unwrap(), Switched::Not);
     let mut expected = case.kept_bytes(store);
-    plan.lay_over(&mut expected);
+    plan.lay_over(0, &mut expected);
     for _ in 0..2 {
         switch(plan, &*onto.target).unwrap();
         assert_eq!(switch_state(plan, &*onto.target).unwrap(), Switched::Done);

@@ -13,12 +13,12 @@ use crate::ops::{OpError, Result};
 use crate::qcow2::layout::Layout;
 use crate::qcow2::write::{Sources, Written, clonable, write};
 use crate::qcow2::{Image, ImageError};
-use crate::store::attest::{Attested, Attestor, Knowledge, Made};
+use crate::store::Stores;
+use crate::store::attest::{Attestor, Carried, Knowledge, Made};
 use crate::store::facts::Stamp;
 use crate::store::merge::MergeInput;
 use crate::store::prove::prove;
 use crate::store::scan::Scan;
-use crate::store::{Store, Stores};
 
 /// A merge that is ready to be decided.
 #[derive(Debug)]
@@ -32,18 +32,7 @@ pub struct Built {
     /// The allocation of the new file in bytes.
     pub allocated_bytes: u64,
     /// What was proved beside the plan, or why nothing was.
-    pub attested: Known,
-}
-
-/// What the members' manifests were good for.
-#[derive(Debug)]
-pub enum Known {
-    /// The survivor's view digest was proved equal, and its new file is adopted.
-    Attested(Attested),
-    /// The survivor was adopted, and its new file is not: why.
-    Lost(String),
-    /// The survivor was not adopted.
-    Nothing,
+    pub attested: Carried,
 }
 
 /// Builds one merge of the plan, with its input opened before anything of its tree was changed. `index` tells
@@ -75,17 +64,17 @@ pub fn build(
     }
     if entry.mode == Mode::InPlace {
         let alignment = capabilities.map_or(0, |can| can.clone_alignment);
-        let knowledge = Attestor::open(stores, scan, &context.plan.shelves, merge, input)?;
+        // Damage is refused here; the rest is said again by what is written after the decision.
+        let knowledge = Attestor::open(stores, scan, &context.plan.shelves, merge, input, None)?;
         let mut built = plan_in_place(context, operation, merge, input, layout, index, alignment)?;
-        if !matches!(knowledge, Knowledge::Nothing) {
-            built.attested =
-                Known::Lost("a merge in place writes after the decision; adopt it again".to_owned());
+        if let Knowledge::Missing(why) = knowledge {
+            built.attested = Carried::Lost(why);
         }
         return Ok(built);
     }
     // What is known is looked up while the file is made: both wait for the store.
     let (knowledge, file) = rayon::join(
-        || Attestor::open(stores, scan, &context.plan.shelves, merge, input),
+        || Attestor::open(stores, scan, &context.plan.shelves, merge, input, None),
         || make(context, operation, merge, input, (layout, &alignment), index),
     );
     let (File { written, sealed, image, proof }, knowledge) = (file?, knowledge?);
@@ -98,7 +87,7 @@ pub fn build(
         cancel: context.cancel,
         pace: &context.site.pace,
     };
-    let attested = attest(stores.get(key.store)?, knowledge, &made)?;
+    let attested = knowledge.carry(stores.get(key.store)?, &made)?;
     context.cancel.check()?;
     unchanged(stores, scan, merge, input)?;
     let allocated_bytes = sealed.allocated_bytes;
@@ -145,15 +134,6 @@ fn make(
         .map_err(|error| proof_failed(&name, error))?;
     let proof = prove(layout, input, &image, &name)?;
     Ok(File { written, sealed, image, proof })
-}
-
-/// Carries what is known of the members over to the new file.
-fn attest(store: &Store, knowledge: Knowledge, made: &Made<'_>) -> Result<Known> {
-    Ok(match knowledge {
-        Knowledge::All(mut attestor) => Known::Attested(attestor.attest(store, made)?),
-        Knowledge::Missing(why) => Known::Lost(why),
-        Knowledge::Nothing => Known::Nothing,
-    })
 }
 
 /// A new file that cannot even be opened is a failed proof; a failing store is that.
@@ -230,7 +210,7 @@ fn plan_in_place(
         kept: operation.kept(key, &what).map_err(failed)?,
         in_place: Some(plan),
     };
-    let attested = Known::Nothing;
+    let attested = Carried::Nothing;
     Ok(Built {
         publication,
         written: Written::default(),

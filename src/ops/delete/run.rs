@@ -17,12 +17,13 @@ use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
 use crate::failure::{Code, Failure, with_causes};
 use crate::ops::delete::context::Context;
 use crate::ops::delete::follow;
-use crate::ops::delete::merge::{Built, Known, build};
+use crate::ops::delete::merge::{Built, build};
 use crate::ops::delete::plan::{Entry, Mode, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::delete::stub;
 use crate::ops::{OpError, Result};
 use crate::store::StoreError;
+use crate::store::attest::Carried;
 use crate::store::manifest::shelf;
 use crate::store::merge::MergeInput;
 
@@ -173,7 +174,7 @@ fn change<'s>(
 /// The adopted survivors whose new files are not, with the inodes of their old ones.
 fn unknown_from_now_on(context: &Context<'_>, tree: &TreePlan, built: &[Option<Built>]) -> Vec<(Key, u64)> {
     let lost = tree.entries.iter().zip(built).filter_map(|(entry, built)| {
-        let built = built.as_ref().filter(|built| matches!(built.attested, Known::Lost(_)))?;
+        let built = built.as_ref().filter(|built| matches!(built.attested, Carried::Lost(_)))?;
         let key = context.scan.graph.node(entry.into?).key.clone();
         Some((key, built.publication.old.inode))
     });
@@ -235,22 +236,27 @@ fn note_built(outcome: &mut Outcome, built: &Built, started: Instant) {
     outcome.bytes_cloned = built.written.cloned_bytes;
     outcome.planned_bytes = built.proof.planned_bytes;
     outcome.compared_bytes = built.proof.compared_bytes;
-    match &built.attested {
-        Known::Attested(attested) => {
-            outcome.digest_bytes = attested.digest_bytes;
-            outcome.data_bytes = attested.data_bytes;
-            outcome.view_digest = Some(attested.view_digest);
-        }
-        Known::Lost(why) => outcome.note = Some(format!("its new file is not adopted: {why}")),
-        Known::Nothing => {}
-    }
+    note_carried(outcome, &built.attested);
     outcome.new_bytes = built.allocated_bytes;
     outcome.elapsed_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
 }
 
+/// What was proved beside the plan.
+fn note_carried(outcome: &mut Outcome, carried: &Carried) {
+    match carried {
+        Carried::Attested(attested) => {
+            outcome.digest_bytes = attested.digest_bytes;
+            outcome.data_bytes = attested.data_bytes;
+            outcome.view_digest = Some(attested.view_digest);
+        }
+        Carried::Lost(why) => outcome.note = Some(format!("its new file is not adopted: {why}")),
+        Carried::Nothing => {}
+    }
+}
+
 /// What merges in place wrote and proved, which was after the decision.
 fn note_grown(context: &Context<'_>, tree: &TreePlan, decided: &Decided<'_>, outcomes: &mut [Outcome]) {
-    for Grown { survivor, written, proof } in decided.grown() {
+    for Grown { survivor, written, proof, carried } in decided.grown() {
         let own = |entry: &Entry| {
             entry.into.is_some_and(|id| {
                 context.site.place(&context.scan.graph.node(id).key).is_ok_and(|place| place == survivor)
@@ -263,6 +269,7 @@ fn note_grown(context: &Context<'_>, tree: &TreePlan, decided: &Decided<'_>, out
         outcome.bytes_cloned = written.cloned_bytes;
         outcome.planned_bytes = proof.planned_bytes;
         outcome.compared_bytes = proof.compared_bytes;
+        note_carried(outcome, &carried);
         let stat = context.site.at(&survivor).ok().and_then(|at| at.backend.stat(&survivor.path).ok());
         outcome.new_bytes = stat.map_or(0, |stat| stat.allocated_bytes);
     }

@@ -38,6 +38,8 @@ pub struct Image {
     header: Arc<Header>,
     file_length: u64,
     allocated_bytes: u64,
+    /// What its header will be.
+    switch: Option<Arc<Switch>>,
 }
 
 impl Image {
@@ -46,20 +48,22 @@ impl Image {
     /// Reads 4 KiB, and the rest of the first cluster (at most 2 MiB) only if the header goes on there.
     /// Errors as [`Header::parse`], or the store's.
     pub fn open(file: Arc<dyn StoreFile>, name: &str) -> Result<Self> {
-        Self::open_over(file, name, |_| {})
+        Self::open_over(file, name, None)
     }
 
     /// Opens the image that `file` will be when its header is switched; nothing is written. For proofs.
     pub fn open_switched(file: Arc<dyn StoreFile>, name: &str, switch: &Switch) -> Result<Self> {
-        Self::open_over(file, name, |start| switch.lay_over(start))
+        Self::open_over(file, name, Some(Arc::new(switch.clone())))
     }
 
-    /// Opens a file with its first bytes as `change` makes them.
-    fn open_over(file: Arc<dyn StoreFile>, name: &str, change: impl Fn(&mut [u8])) -> Result<Self> {
+    /// Opens a file, with its first bytes as `switch` makes them.
+    fn open_over(file: Arc<dyn StoreFile>, name: &str, switch: Option<Arc<Switch>>) -> Result<Self> {
         let failed = |source: BackendError| ImageError::Store { image: name.to_owned(), source };
         let start = |length: u64| {
             let mut bytes = read_start(&*file, length).map_err(failed)?;
-            change(&mut bytes);
+            if let Some(switch) = &switch {
+                switch.lay_over(0, &mut bytes);
+            }
             Ok(bytes)
         };
         let Stat { length: file_length, allocated_bytes, .. } = file.stat().map_err(failed)?;
@@ -70,7 +74,8 @@ impl Image {
             let whole = file_length.min(ClusterBits::new(21).map_or(0, ClusterBits::bytes));
             Header::parse(name, file_length, &start(whole)?)?
         };
-        Ok(Self { file, name: Arc::from(name), header: Arc::new(header), file_length, allocated_bytes })
+        let (name, header) = (Arc::from(name), Arc::new(header));
+        Ok(Self { file, name, header, file_length, allocated_bytes, switch })
     }
 
     /// The same image as if its file ended at `length` bytes, if it is longer: for one that was grown.
@@ -145,7 +150,11 @@ impl Image {
         if buffer.is_empty() {
             return Ok(());
         }
-        read_padded(&*self.file, offset, buffer).map_err(|source| self.store_error(source))
+        read_padded(&*self.file, offset, buffer).map_err(|source| self.store_error(source))?;
+        if let Some(switch) = &self.switch {
+            switch.lay_over(offset, buffer);
+        }
+        Ok(())
     }
 
     /// Reads and decompresses a cluster of this image to exactly one cluster of bytes, also where the

@@ -179,11 +179,13 @@ impl Switch {
         }
     }
 
-    /// Lays the new bytes over the beginning of a file.
-    pub fn lay_over(&self, start: &mut [u8]) {
-        let at = usize::try_from(self.at).unwrap_or(usize::MAX);
-        if let Some(place) = start.get_mut(at..at.saturating_add(self.new.len())) {
-            place.copy_from_slice(&self.new);
+    /// Lays the new bytes over what was read of the file at `offset`.
+    pub fn lay_over(&self, offset: u64, bytes: &mut [u8]) {
+        for (at, byte) in (self.at..).zip(&self.new) {
+            let index = at.checked_sub(offset).and_then(|index| usize::try_from(index).ok());
+            if let Some(place) = index.and_then(|index| bytes.get_mut(index)) {
+                *place = *byte;
+            }
         }
     }
 

@@ -75,6 +75,12 @@ impl Shelf {
         stores.iter().map(|(_, store)| Self::load(store)).collect()
     }
 
+    /// Whether there is a manifest of that file of a member.
+    #[must_use]
+    pub fn has(&self, member: &StorePath, inode: u64) -> bool {
+        self.inodes.get(&stem(member)).is_some_and(|inodes| inodes.contains(&inode))
+    }
+
     /// What is known of a member whose name stands for the file `stat`.
     pub fn find(&self, store: &Store, member: &StorePath, stat: &Stat) -> Result<Known> {
         let Some(inodes) = self.inodes.get(&stem(member)) else { return Ok(Known::Nothing) };
@@ -202,7 +208,7 @@ pub fn known(stores: &Stores, scan: &Scan, shelves: &[Shelf], id: NodeId) -> Res
 }
 
 /// Reads the manifest of one file; the inner error says what is wrong with it.
-fn read(
+pub fn read(
     store: &Store,
     member: &StorePath,
     inode: u64,
