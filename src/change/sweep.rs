@@ -56,13 +56,16 @@ pub fn manifests(site: &Site<'_>) -> Result<u64> {
         }
     }
     let mut removed = 0;
-    for ((_, store), listed) in site.stores.iter().zip(listed) {
+    for ((index, store), listed) in site.stores.iter().zip(listed) {
+        // Of a process that was killed, unless somebody is at it just now.
+        let alone = is_alone(site, index)?;
+        let forgotten = |table: &StorePath| alone || is_old(site, index, table);
         let stat = |member: &StorePath| match store.backend().stat(member) {
             Ok(stat) => Ok(Some(stat)),
             Err(BackendError::NotFound { .. }) => Ok(None),
             Err(source) => Err(StoreError::backend(store, source)),
         };
-        removed += listed.carry_out(store, &stat)?;
+        removed += listed.carry_out(store, &stat, &forgotten)?;
     }
     Ok(removed)
 }
@@ -98,7 +101,7 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
                 true
             }
             _ if is_kept => false,
-            _ => is_alone(site, index)? || is_old(site, index, &parent, &name),
+            _ => is_alone(site, index)? || parent.join(&name).is_ok_and(|path| is_old(site, index, &path)),
         };
         if goes {
             remove(backend.as_ref(), &parent, &name)?;
@@ -164,9 +167,8 @@ fn is_alone(site: &Site<'_>, store: usize) -> Result<bool> {
     Ok(lock.map_err(failed)?.is_some())
 }
 
-fn is_old(site: &Site<'_>, store: usize, directory: &StorePath, name: &str) -> bool {
-    let stat = site.stores.get(store).ok().zip(directory.join(name).ok());
-    let stat = stat.and_then(|(store, path)| store.backend().stat(&path).ok());
+fn is_old(site: &Site<'_>, store: usize, path: &StorePath) -> bool {
+    let stat = site.stores.get(store).ok().and_then(|store| store.backend().stat(path).ok());
     stat.is_some_and(|stat| stat.modified_ns + UNKNOWN_NS < i128::from(site.clock.wall_ns()))
 }
 

@@ -11,6 +11,7 @@ use qchain::ops::delete::{ModeChoice, Terms};
 use super::support::crash::{Chain, Files, Judge, Row, Shape, Table, difference, full, seed, word};
 use super::support::grounds::{Ground, Place};
 use super::support::killing::{Verb, act, mutations};
+use super::support::known::{self, Wanted};
 use super::support::mounts::{Bound, FsKind, LoopMount};
 use super::support::store::open_with;
 
@@ -59,7 +60,8 @@ struct Trial<'a> {
 impl Trial<'_> {
     fn act(&self, faulty: &Faulty, verb: Verb, terms: Terms) -> Result<(), String> {
         let stores = open_with(Path::new("/nowhere"), Arc::new(faulty.clone()));
-        act(&stores, verb, &self.chain.deleted, self.mode, terms)
+        let verb = if verb == Verb::Delete { Verb::on(self.chain) } else { verb };
+        act(&stores, verb, &self.chain.targets, self.mode, terms)
     }
 
     /// The whole verb without a fault: its calls, and the files after it.
@@ -110,6 +112,12 @@ impl Trial<'_> {
             row.after.push(format!("neither: {differs:?}"));
         }
         row.leaks = place.left();
+        if self.chain.adopted {
+            let stores = open_with(Path::new("/nowhere"), Arc::clone(&place.backend));
+            let (wrong, strays) = known::wrong(&stores, Wanted::All);
+            row.after.extend(wrong);
+            row.leaks.extend(strays);
+        }
         row
     }
 
@@ -165,12 +173,7 @@ fn errors(
     table: &mut Table,
 ) {
     let judge = Judge::default();
-    let row = Row {
-        mode: word(mode),
-        fs: name.to_owned(),
-        shape: format!("{:?}", chain.shape).to_lowercase(),
-        ..Row::default()
-    };
+    let row = Row { mode: word(mode), fs: name.to_owned(), shape: chain.label(), ..Row::default() };
     let trial = |verb: &str| Trial {
         ground: ground.clone(),
         chain,
@@ -241,6 +244,7 @@ fn every_error_at_every_call_in_memory() {
         (Shape::Fork, false),
         (Shape::Tip, false),
         (Shape::Base, false),
+        (Shape::Consolidate, false),
     ] {
         let chain = Chain::make(shape, seed());
         for (exchange, links) in abilities {
@@ -290,10 +294,34 @@ fn every_error_at_every_call_on_a_file_system() {
         (FsKind::Ext4, ModeChoice::Copy),
     ] {
         let mount = LoopMount::in_memory(fs, 512 << 20);
-        let chain = Chain::make(Shape::Cloudstack, seed());
         let ground = Ground::Disk(mount.path().join("s"));
-        let steps = if full() { [1, 3, 1] } else { [7, 89, 23] };
-        errors(&ground, &format!("{fs:?}").to_lowercase(), &chain, mode, steps, &mut table);
+        for (shape, bounded) in [(Shape::Cloudstack, [7, 89, 23]), (Shape::Consolidate, [29, 499, 79])] {
+            if shape.modes(fs).contains(&mode) {
+                let chain = Chain::make(shape, seed());
+                let steps = if full() { [1, 3, 1] } else { bounded };
+                errors(&ground, &format!("{fs:?}").to_lowercase(), &chain, mode, steps, &mut table);
+            }
+        }
+    }
+    table.finish();
+}
+
+/// What is known of adopted members stays true, and nothing is kept that belongs to no file.
+#[test]
+fn every_error_where_members_are_adopted() {
+    let mut table = Table::new("crash-errors-adopted");
+    let mount = LoopMount::in_memory(FsKind::Ext4, 256 << 20);
+    let disk = Ground::Disk(mount.path().join("s"));
+    let memory = Ground::Memory { exchange: true, links: true };
+    for (ground, name, shape, mode, bounded) in [
+        (&memory, "memory", Shape::Middle, ModeChoice::Copy, [11, 499, 61]),
+        (&memory, "memory", Shape::Consolidate, ModeChoice::Copy, [29, 999, 79]),
+        (&disk, "ext4", Shape::Middle, ModeChoice::InPlace, [7, 199, 1]),
+        (&disk, "ext4", Shape::Several, ModeChoice::InPlace, [41, 999, 1]),
+    ] {
+        let chain = Chain::make(shape, seed()).adopted();
+        let steps = if full() { [1, 3, 1] } else { bounded };
+        errors(ground, name, &chain, mode, steps, &mut table);
     }
     table.finish();
 }

@@ -167,6 +167,7 @@ struct Verdict<'a> {
     mode: ModeChoice,
     /// The actor was there before the deletion looked: then what he made is what was asked away.
     early: bool,
+    succeeded: bool,
     wrong: Vec<String>,
 }
 
@@ -188,9 +189,24 @@ impl Verdict<'_> {
 
     fn judged(mut self) -> Vec<String> {
         self.theirs();
+        self.done();
         self.views();
         self.parents();
         self.wrong
+    }
+
+    /// Nobody goes: a member in the middle becomes a base.
+    fn consolidates(&self) -> bool {
+        self.chain.shape == Shape::Consolidate
+    }
+
+    /// What is said to be done is so, unless they made something else of it.
+    fn done(&mut self) {
+        let theirs = self.actor.role == Role::Survivor && self.actor.acted.load(Ordering::Relaxed);
+        if self.consolidates() && self.succeeded && !theirs {
+            let base = self.now.get(&member("b")).is_some_and(|bytes| backing(bytes).is_none());
+            self.must(base, "a success, but the member is no base");
+        }
     }
 
     /// What they did is still so.
@@ -203,7 +219,7 @@ impl Verdict<'_> {
         let file = self.now.get(&member(name));
         let label =
             self.now.get(&checkpoint_file(name)).map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-        let going = role == Role::Deleted;
+        let going = role == Role::Deleted && !self.consolidates();
         match deed {
             Deed::Remove => self.must(file.is_none() && label.is_none(), "a removed name came back"),
             Deed::Adopt => {
@@ -218,6 +234,10 @@ impl Verdict<'_> {
                 let wanted = match role {
                     Role::Parent => vec![None],
                     Role::Deleted => vec![Some(format!("./{}", uuid("base")))],
+                    // What it named before is what was folded into it.
+                    Role::Survivor if self.consolidates() && self.early => {
+                        vec![None, Some(format!("./{}", uuid("a")))]
+                    }
                     Role::Survivor if self.has("a") => vec![Some(format!("./{}", uuid("a")))],
                     Role::Survivor => vec![Some(uuid("base")), Some(format!("./{}", uuid("base")))],
                 };
@@ -229,7 +249,7 @@ impl Verdict<'_> {
                 self.must(kept || going && file.is_none(), "an edited checkpoint file was lost");
             }
             Deed::Replace => {
-                let early = self.early && role != Role::Parent;
+                let early = self.early && role != Role::Parent && !self.consolidates();
                 self.must(file == Some(&self.actor.image) || early, "a file put in place was lost");
             }
         }
@@ -299,8 +319,8 @@ struct Room {
 }
 
 impl Room {
-    fn new(mount: &LoopMount, fs: FsKind) -> Self {
-        let chain = Chain::make(Shape::Cloudstack, seed());
+    fn new(mount: &LoopMount, fs: FsKind, shape: Shape) -> Self {
+        let chain = Chain::make(shape, seed());
         Self { root: mount.path().join("s"), fs, chain, judge: Judge::default() }
     }
 
@@ -310,7 +330,8 @@ impl Room {
 
     fn act(&self, faulty: &Faulty, verb: Verb, mode: ModeChoice) -> Result<(), String> {
         let stores = open_with(&self.root, Arc::new(faulty.clone()));
-        act(&stores, verb, &self.chain.deleted, mode, Terms::default())
+        let verb = if verb == Verb::Delete { Verb::on(&self.chain) } else { verb };
+        act(&stores, verb, &self.chain.targets, mode, Terms::default())
     }
 
     /// The chain as it is put there, and how often a deletion of it changes the store.
@@ -362,13 +383,15 @@ impl Room {
         if actions.iter().any(|action| matches!(action, Action::Failed { .. } | Action::Busy)) {
             row.after.push(format!("{actions:?}"));
         }
-        let deleted = verb == Verb::Delete && result.is_ok();
-        if deleted && !gone && !actor.did(Deed::Replace, Role::Deleted) {
+        let succeeded = verb == Verb::Delete && result.is_ok();
+        let deletes = !self.chain.deleted.is_empty();
+        if succeeded && deletes && !gone && !actor.did(Deed::Replace, Role::Deleted) {
             row.after.push("a success, but the member is there".to_owned());
         }
         let scanned = calls.iter().position(|call| call.starts_with("probe")).unwrap_or(0) as u64;
         let (chain, judge, early) = (&self.chain, &self.judge, at < scanned);
-        let verdict = Verdict { chain, judge, now: &now, actor, mode, early, wrong: Vec::new() };
+        let wrong = Vec::new();
+        let verdict = Verdict { chain, judge, now: &now, actor, mode, early, succeeded, wrong };
         row.after.extend(verdict.judged());
         if actions.is_empty() {
             row.leaks = left_inside(&self.root);
@@ -377,22 +400,26 @@ impl Room {
     }
 }
 
-/// Everybody at every call of a deletion.
-fn deletions(fs: FsKind) {
+/// Everybody at every call of a deletion, or of a consolidation.
+fn changes(fs: FsKind, shape: Shape) {
     let mount = LoopMount::in_memory(fs, 512 << 20);
-    let room = Room::new(&mount, fs);
-    let mut table = Table::new(&format!("crash-foreign-{fs:?}").to_lowercase());
+    let room = Room::new(&mount, fs, shape);
+    let deletes = shape == Shape::Cloudstack;
+    let mut table = Table::new(&format!("crash-foreign-{shape:?}-{fs:?}").to_lowercase());
     let turn = Rc::new(Cell::new(usize::try_from(seed()).unwrap()));
-    for mode in Shape::Cloudstack.modes(fs) {
+    for mode in shape.modes(fs) {
         let calls = room.clean(mode);
         for deed in Deed::ALL {
             for role in Role::ALL {
                 let actor = Actor::new(&room.root, &room.chain, role, deed);
                 turn.set(turn.get() + 1);
                 let xfs = fs == FsKind::Xfs;
-                let always =
-                    xfs && mode == ModeChoice::Copy && role == Role::Survivor && deed == Deed::Remove;
-                let step = match (full() || always, xfs) {
+                let always = xfs
+                    && deletes
+                    && mode == ModeChoice::Copy
+                    && role == Role::Survivor
+                    && deed == Deed::Remove;
+                let step = match (full() || always, xfs && deletes) {
                     (true, _) => 1,
                     (false, true) => 11,
                     (false, false) => 29,
@@ -409,17 +436,23 @@ fn deletions(fs: FsKind) {
 
 #[test]
 fn others_meet_a_deletion_at_every_call() {
-    deletions(FsKind::Xfs);
+    changes(FsKind::Xfs, Shape::Cloudstack);
 }
 
 #[test]
 fn others_meet_a_deletion_on_btrfs() {
-    deletions(FsKind::Btrfs);
+    changes(FsKind::Btrfs, Shape::Cloudstack);
 }
 
 #[test]
 fn others_meet_a_deletion_on_ext4() {
-    deletions(FsKind::Ext4);
+    changes(FsKind::Ext4, Shape::Cloudstack);
+}
+
+#[test]
+fn others_meet_a_consolidation() {
+    changes(FsKind::Xfs, Shape::Consolidate);
+    changes(FsKind::Ext4, Shape::Consolidate);
 }
 
 /// Everybody at every call of the recovery of a merge in place, wherever that was cut off. Between the two
@@ -427,7 +460,7 @@ fn others_meet_a_deletion_on_ext4() {
 #[test]
 fn others_meet_the_recovery_of_a_merge_in_place() {
     let mount = LoopMount::in_memory(FsKind::Ext4, 512 << 20);
-    let (room, mode) = (Room::new(&mount, FsKind::Ext4), ModeChoice::InPlace);
+    let (room, mode) = (Room::new(&mount, FsKind::Ext4, Shape::Cloudstack), ModeChoice::InPlace);
     let mut table = Table::new("crash-foreign-recovery");
     let mut courses = BTreeSet::new();
     let mut turn = usize::try_from(seed()).unwrap();

@@ -24,6 +24,7 @@ use super::support::crash::{
     Chain, Files, Judge, Row, Shape, Table, difference, full, left_inside, outside, seed, word,
 };
 use super::support::killing::{Death, LONG, Order, Verb, act, mutations, obey};
+use super::support::known::{self, Wanted};
 use super::support::later::Later;
 use super::support::mounts::{Bound, FsKind, LoopMount};
 use super::support::store::{open, open_with};
@@ -75,9 +76,17 @@ impl Room {
     }
 
     fn row(&self, verb: &str, chain: &Chain, mode: ModeChoice) -> Row {
-        let (fs, shape) =
-            (format!("{:?}", self.fs).to_lowercase(), format!("{:?}", chain.shape).to_lowercase());
-        Row { verb: verb.to_owned(), mode: word(mode), fs, shape, ..Row::default() }
+        let fs = format!("{:?}", self.fs).to_lowercase();
+        Row { verb: verb.to_owned(), mode: word(mode), fs, shape: chain.label(), ..Row::default() }
+    }
+
+    /// What is known of adopted members once all is recovered: all of it, and nothing else.
+    fn known(&self, chain: &Chain, row: &mut Row) {
+        if chain.adopted {
+            let (wrong, strays) = known::wrong(&open(&self.root), Wanted::All);
+            row.after.extend(wrong);
+            row.leaks.extend(strays);
+        }
     }
 
     /// The bytes free, once all is written out.
@@ -114,8 +123,8 @@ struct States {
 }
 
 impl States {
-    /// Which of the two it is, or what is left over of which.
-    fn tell(&self, room: &Room, row: &mut Row) {
+    /// Which of the two it is, or what is left over of which; and what is known of it.
+    fn tell(&self, room: &Room, chain: &Chain, row: &mut Row) {
         let now = outside(&room.root);
         let (name, (files, free)) =
             if now == self.old.0 { ("not-done", &self.old) } else { ("done", &self.new) };
@@ -131,6 +140,7 @@ impl States {
         if is + NOISE < *free {
             row.leaks.push(format!("{is} bytes are free, not {free}"));
         }
+        room.known(chain, row);
     }
 }
 
@@ -163,6 +173,9 @@ fn clean(room: &Room, chain: &Chain, order: &Order) -> (Vec<String>, States) {
     let calls = order.run().unwrap();
     let new = (outside(&room.root), room.free());
     assert!(left_inside(&room.root).is_empty(), "{:?}", left_inside(&room.root));
+    let mut row = Row::default();
+    room.known(chain, &mut row);
+    assert!(row.after.is_empty() && row.leaks.is_empty(), "{row:?}");
     let wrong = chain.wrong(&room.judge, &outside(&room.root), true);
     assert!(wrong.is_empty() && difference(&old.0, &new.0).len() >= chain.targets.len(), "{wrong:?}");
     (calls, States { old, new })
@@ -185,7 +198,7 @@ fn kill_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table
         row.before = chain.wrong(&room.judge, &outside(&room.root), false);
         ended(&room.recover(), &mut row);
         row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
-        states.tell(room, &mut row);
+        states.tell(room, chain, &mut row);
         table.rows.push(row);
     }
     assert!(step > 1 || met.len() == calls.len(), "calls that were no point: {calls:?}");
@@ -225,7 +238,7 @@ fn kill_recoveries(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, ta
             row.before = chain.wrong(&room.judge, &outside(&room.root), false);
             ended(&room.recover(), &mut row);
             row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
-            states.tell(room, &mut row);
+            states.tell(room, chain, &mut row);
             table.rows.push(row);
         }
     }
@@ -262,7 +275,7 @@ fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: 
         purge(&site, true, Witness::None).unwrap();
         ended(&room.recover(), &mut row);
         row.after.extend(chain.wrong(&room.judge, &outside(&room.root), true));
-        states.tell(room, &mut row);
+        states.tell(room, chain, &mut row);
         table.rows.push(row);
     }
 }
@@ -294,7 +307,7 @@ fn kill_slow_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, 
                 row.after.push(format!("after {days} days: {names} names, {recovered:?}"));
             }
         }
-        states.tell(room, &mut row);
+        states.tell(room, chain, &mut row);
         table.rows.push(row);
     }
 }
@@ -363,6 +376,41 @@ fn recovery_and_undo_are_killed() {
     if full() {
         sequels(FsKind::Btrfs, &[ModeChoice::Clone], shapes);
     }
+}
+
+/// Members that are adopted: what is known of them is true, or nothing is, at every point; and nobody keeps what belongs
+/// to no file.
+fn adopted(fs: FsKind, first: ModeChoice) {
+    let mount = LoopMount::in_memory(fs, 512 << 20);
+    let room = Room::new(&mount.path(), fs);
+    let mut table = Table::new(&format!("crash-adopted-{fs:?}").to_lowercase());
+    let step = |bounded: usize| if full() { 1 } else { bounded };
+    for shape in Shape::ALL {
+        let chain = Chain::make(shape, seed()).adopted();
+        for mode in shape.modes(fs) {
+            let complete = shape == Shape::Middle && mode == first;
+            kill_deletes(&room, &chain, mode, if complete { 1 } else { step(31) }, &mut table);
+            let sequels = mode == first && shape == Shape::Cloudstack || full();
+            if sequels {
+                kill_recoveries(&room, &chain, mode, step(41), &mut table);
+                kill_slow_deletes(&room, &chain, mode, step(19), &mut table);
+            }
+            if sequels && mode != ModeChoice::InPlace {
+                kill_undos(&room, &chain, mode, step(11), &mut table);
+            }
+        }
+    }
+    table.finish();
+}
+
+#[test]
+fn changes_of_adopted_members_are_killed_on_xfs() {
+    adopted(FsKind::Xfs, ModeChoice::Clone);
+}
+
+#[test]
+fn changes_of_adopted_members_are_killed_on_ext4() {
+    adopted(FsKind::Ext4, ModeChoice::InPlace);
 }
 
 /// Stores whose `.qchain` is another mount than their members: on another file system, or just another mount of

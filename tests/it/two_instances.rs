@@ -16,8 +16,8 @@ use qchain::backend::posix::PosixStore;
 use qchain::change::record::{Claim, Decision, Purpose};
 use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
-use qchain::failure::{Failure, Kind as FailureKind, with_causes};
-use qchain::ops::delete::{ModeChoice, Terms};
+use qchain::failure::{Code, Failure, Kind as FailureKind, with_causes};
+use qchain::ops::delete::{Aim, ModeChoice, Terms};
 use qchain::ops::recover::{history, purge, recover, undo};
 use qchain::ops::{OpError, Result};
 use qchain::progress::Cancel;
@@ -29,7 +29,7 @@ use super::support::crash::{
 use super::support::forked::{Forked, asked, stop_here};
 use super::support::killing::{LONG, mutations};
 use super::support::mounts::{FsKind, LoopMount};
-use super::support::store::{LEASE, delete_by, open, open_with};
+use super::support::store::{LEASE, change_by, open, open_with};
 
 /// One day, in nanoseconds.
 const DAY: i64 = 86_400_000_000_000;
@@ -57,6 +57,8 @@ struct Order {
     root: PathBuf,
     /// None: it takes the last operation back.
     members: Vec<String>,
+    /// They become bases, instead of being deleted.
+    consolidates: bool,
     mode: String,
     retention_ns: i64,
     /// Before which mutating call it stops.
@@ -85,14 +87,20 @@ fn mode_of(word: &str) -> ModeChoice {
     modes.into_iter().find(|mode| super::support::crash::word(*mode) == word).unwrap()
 }
 
-/// Deletes members, or takes the last operation back if there are none; gives the operation.
-fn act(site: &Site<'_>, members: &[String], mode: ModeChoice, retention_ns: i64) -> Result<String> {
+/// Changes members, or takes the last operation back if there are none; gives the operation.
+fn act(
+    site: &Site<'_>,
+    (aim, members): (Aim, &[String]),
+    mode: ModeChoice,
+    retention_ns: i64,
+) -> Result<String> {
     if members.is_empty() {
         let last = history(site)?.last().map(|done| done.operation.to_string()).unwrap_or_default();
         return undo(site, &last, Witness::None).map(|_| String::new());
     }
     let members: Vec<&str> = members.iter().map(String::as_str).collect();
-    let report = delete_by(site, &members, mode, Terms { retention_ns, ..Terms::default() }, 1)?;
+    let terms = Terms { retention_ns, ..Terms::default() };
+    let report = change_by(site, (aim, &members), mode, terms, 1)?;
     let operation = report.outcomes.first().map(|outcome| outcome.operation.clone()).unwrap_or_default();
     report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(operation), Err)
 }
@@ -110,7 +118,8 @@ fn a_process_stops_itself() {
     let cancel = Cancel::default();
     let lease = if order.renews { LEASE } else { LONG };
     let site = Site::new(&stores, &SystemClock, &cancel, lease);
-    let result = act(&site, &order.members, mode_of(&order.mode), order.retention_ns);
+    let aim = if order.consolidates { Aim::Consolidate } else { Aim::Delete };
+    let result = act(&site, (aim, &order.members), mode_of(&order.mode), order.retention_ns);
     let said = Said {
         done: result.is_ok(),
         words: result.as_ref().err().map_or_else(String::new, |error| with_causes(error)),
@@ -136,6 +145,10 @@ impl Case {
     /// Where something is to be taken back it must be kept.
     fn retention_ns(self) -> i64 {
         if self.undoes || self.rival == Rival::Undo { DAY } else { 0 }
+    }
+
+    fn aim(self) -> Aim {
+        if self.shape == Shape::Consolidate { Aim::Consolidate } else { Aim::Delete }
     }
 }
 
@@ -172,12 +185,15 @@ fn claims(root: &Path) -> Vec<Claim> {
     claims
 }
 
-/// The operations that were decided to be done: deletions of that member, or undoes.
+/// The operations that were decided to be done: deletions or consolidations of that member, or undoes.
 fn commits(claims: &[Claim], member: Option<&str>) -> Vec<String> {
     let fits = |claim: &&Claim| match &claim.decision {
         Decision::Abort => false,
         Decision::Commit(commit) => match (&commit.purpose, member) {
             (Purpose::Undo { .. }, None) => true,
+            (Purpose::Delete, Some(name)) if commit.departures.is_empty() => {
+                commit.publications.iter().any(|one| one.at.path.as_str() == name)
+            }
             (Purpose::Delete, Some(name)) => commit.departures.iter().any(|one| one.at.path.as_str() == name),
             _ => false,
         },
@@ -189,7 +205,8 @@ impl Room {
     fn order(&self, chain: &Chain, case: Case, at: Option<u64>) -> Order {
         Order {
             root: self.root.clone(),
-            members: if case.undoes { Vec::new() } else { chain.deleted.clone() },
+            members: if case.undoes { Vec::new() } else { chain.targets.clone() },
+            consolidates: case.aim() == Aim::Consolidate,
             mode: word(case.mode).to_owned(),
             retention_ns: case.retention_ns(),
             at,
@@ -212,7 +229,7 @@ impl Room {
         chain.put(&self.root);
         if case.undoes {
             let (stores, cancel) = (open(&self.root), Cancel::default());
-            act(&site(&stores, &cancel), &chain.deleted, case.mode, DAY).unwrap();
+            act(&site(&stores, &cancel), (case.aim(), &chain.targets), case.mode, DAY).unwrap();
         }
     }
 
@@ -221,7 +238,7 @@ impl Room {
         chain.put(&self.root);
         let old = outside(&self.root);
         let (stores, cancel) = (open(&self.root), Cancel::default());
-        act(&site(&stores, &cancel), &chain.deleted, case.mode, 0).unwrap();
+        act(&site(&stores, &cancel), (case.aim(), &chain.targets), case.mode, 0).unwrap();
         let new = outside(&self.root);
         self.prepare(chain, case);
         let order = self.order(chain, Case { renews: false, ..case }, None);
@@ -236,9 +253,11 @@ impl Room {
         let (stores, cancel) = (open(&self.root), Cancel::default());
         let site = site(&stores, &cancel);
         match case.rival {
-            Rival::Same => act(&site, &chain.deleted, case.mode, case.retention_ns()).map(drop),
-            Rival::Other => act(&site, &[other(chain)], case.mode, case.retention_ns()).map(drop),
-            Rival::Undo => act(&site, &[], case.mode, 0).map(drop),
+            Rival::Same => act(&site, (case.aim(), &chain.targets), case.mode, case.retention_ns()).map(drop),
+            Rival::Other => {
+                act(&site, (Aim::Delete, &[other(chain)]), case.mode, case.retention_ns()).map(drop)
+            }
+            Rival::Undo => act(&site, (Aim::Delete, &[]), case.mode, 0).map(drop),
             Rival::Recover => recover(&site, Witness::None).map(drop),
         }
     }
@@ -247,7 +266,8 @@ impl Room {
     fn point(&self, chain: &Chain, case: Case, at: u64, calls: &[String], states: &States) -> Row {
         let shape = format!("{:?}", chain.shape).to_lowercase();
         let fs = format!("{:?}", self.fs).to_lowercase();
-        let verb = format!("{}/{:?}", if case.undoes { "undo" } else { "delete" }, case.rival).to_lowercase();
+        let what = if case.undoes { "Undo".to_owned() } else { format!("{:?}", case.aim()) };
+        let verb = format!("{what}/{:?}", case.rival).to_lowercase();
         let mut row = Row { verb, mode: word(case.mode), fs, shape, number: at, ..Row::default() };
         row.call = calls.get(usize::try_from(at).unwrap()).cloned().unwrap_or_default();
         self.prepare(chain, case);
@@ -297,7 +317,7 @@ impl Room {
         if numbers.len() != claims.len() || trees.len() > 1 {
             wrong.push(format!("{} claims in {} trees", claims.len(), trees.len()));
         }
-        let deleted = commits(&claims, Some(&chain.deleted[0]));
+        let deleted = commits(&claims, Some(&chain.targets[0]));
         let undone = commits(&claims, None);
         // What was undone may be deleted once more.
         let again = usize::from(case.undoes && case.rival == Rival::Same);
@@ -317,7 +337,7 @@ impl Room {
         let now = outside(&self.root);
         if case.rival == Rival::Other {
             let gone = |name: &String| !now.contains_key(name);
-            if gone(&other(chain)) != second_done || gone(&chain.deleted[0]) == deleted.is_empty() {
+            if gone(&other(chain)) != second_done || gone(&chain.targets[0]) == deleted.is_empty() {
                 wrong.push(format!("{:?} are there", now.keys()));
             }
             return wrong;
@@ -343,6 +363,9 @@ impl Room {
 fn fair(case: Case, error: &OpError, deleted: &[String]) -> bool {
     match case.rival {
         // It finished what the first had decided, and then there was nothing to do.
+        Rival::Same if case.aim() == Aim::Consolidate => {
+            error.code() == Code::AlreadyBase && deleted.len() == 1
+        }
         // Or the undo was taken back, and there still was nothing.
         Rival::Same => error.kind() == FailureKind::NotFound && deleted.len() == 1,
         // There was nothing to be taken back, or it is an undo.
@@ -402,6 +425,14 @@ fn cases(fs: FsKind) -> Vec<Case> {
             }
             if !in_place && rival != Rival::Other {
                 cases.push(Case { shape, mode, undoes: true, rival, renews: false, step });
+            }
+        }
+        if Shape::Consolidate.modes(fs).contains(&mode) {
+            for (rival, undoes) in
+                [(Rival::Same, false), (Rival::Recover, false), (Rival::Undo, false), (Rival::Recover, true)]
+            {
+                let (shape, step) = (Shape::Consolidate, if full() { 1 } else { 17 });
+                cases.push(Case { shape, mode, undoes, rival, renews: false, step });
             }
         }
         if !in_place {

@@ -145,22 +145,26 @@ impl Sweep {
 
     /// Removes what nothing can need: manifests, tables and notes of files that no name stands for any more, of members
     /// that are gone or have a manifest in force. `current` gives the file under a member's name. Only while no
-    /// operation is open on any store, which might put an old file back.
+    /// operation is open on any store, which might put an old file back. Tables that no manifest of the member names may
+    /// be about to get one; `forgotten` says of one that this is not so.
     pub fn carry_out(
         &self,
         store: &Store,
         current: &dyn Fn(&StorePath) -> Result<Option<Stat>>,
+        forgotten: &dyn Fn(&StorePath) -> bool,
     ) -> Result<u64> {
         let failed = |source| StoreError::backend(store, source);
         let backend = store.backend().as_ref();
         let mut wanted = BTreeSet::new();
         let mut removed = 0;
         for (stem, inodes) in &self.shelf.inodes {
-            let mut found = Vec::new();
+            let (mut found, mut unreadable) = (Vec::new(), Vec::new());
             for inode in inodes {
-                // Nothing refers to the table of a manifest that cannot be read.
-                if let Some(Ok(manifest)) = read_named(store, stem, *inode)? {
-                    found.push((*inode, manifest));
+                match read_named(store, stem, *inode)? {
+                    Some(Ok(manifest)) => found.push((*inode, manifest)),
+                    // Nothing refers to its table.
+                    Some(Err(_)) => unreadable.push(*inode),
+                    None => {}
                 }
             }
             let Some(member) = found.first().map(|(_, manifest)| manifest.member.clone()) else { continue };
@@ -175,21 +179,29 @@ impl Sweep {
                 forget(backend, &member, inode).map_err(failed)?;
                 removed += 1;
             }
+            // Torn, of a file that was never published; one of the member's own file is told of.
+            for inode in
+                unreadable.into_iter().filter(|inode| stat.is_none_or(|stat| stat.id.inode != *inode))
+            {
+                forget(backend, &member, inode).map_err(failed)?;
+                removed += 1;
+            }
         }
-        Ok(removed + self.tables(backend, &wanted).map_err(failed)?)
+        Ok(removed + self.tables(backend, &wanted, forgotten).map_err(failed)?)
     }
 
     /// Removes leaf tables that no manifest names; but those of a stem that has no manifest at all may be about to get
-    /// one, as may temporaries.
+    /// one, as may temporaries: these only if they are forgotten.
     fn tables(
         &self,
         backend: &dyn Backend,
         wanted: &BTreeSet<String>,
+        forgotten: &dyn Fn(&StorePath) -> bool,
     ) -> std::result::Result<u64, BackendError> {
         let mut removed = 0;
         for name in &self.tables {
             let known = name.split_once('.').is_some_and(|(stem, _)| self.shelf.inodes.contains_key(stem));
-            if known && !wanted.contains(name) {
+            if !wanted.contains(name) && (known || forgotten(&leaves::path(name))) {
                 backend.remove_file(&leaves::path(name))?;
                 removed += 1;
             }

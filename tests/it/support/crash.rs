@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::chains::{Kind, Numbers};
 use super::mounts::FsKind;
 use super::qemu::{io, must, run, text};
-use super::store::init;
+use super::store::{adopt_well, init};
 
 /// The virtual size of all members, in bytes.
 const SIZE: u64 = 1 << 20;
@@ -157,6 +157,8 @@ pub struct Chain {
     pub deleted: Vec<String>,
     /// The members that the verb is told: those, or the one that is to be a base.
     pub targets: Vec<String>,
+    /// Whether its members are adopted wherever it is put.
+    pub adopted: bool,
     truths: TempDir,
 }
 
@@ -168,7 +170,8 @@ impl Chain {
         let kind = Kind { compressed: shape == Shape::Fork, ..Kind::PLAIN };
         let targets = shape.targets().iter().map(|name| shape.path(name)).collect();
         let (survivors, deleted) = (Vec::new(), Vec::new());
-        let mut chain = Self { shape, files: Files::new(), survivors, deleted, targets, truths };
+        let (files, adopted) = (Files::new(), false);
+        let mut chain = Self { shape, files, survivors, deleted, targets, adopted, truths };
         for (name, parent) in shape.members() {
             let spec = kind.member(SIZE, 7, &mut numbers);
             let path = made.path().join(shape.path(name));
@@ -200,6 +203,17 @@ impl Chain {
         chain
     }
 
+    /// The same, adopted wherever it is put.
+    pub fn adopted(self) -> Self {
+        Self { adopted: true, ..self }
+    }
+
+    /// What it is called in tables.
+    pub fn label(&self) -> String {
+        let shape = format!("{:?}", self.shape).to_lowercase();
+        if self.adopted { shape + "-adopted" } else { shape }
+    }
+
     /// Where a member's view lies, as raw bytes.
     pub fn truth(&self, member: &str) -> PathBuf {
         self.truths.path().join(member.replace('/', "_"))
@@ -214,6 +228,9 @@ impl Chain {
             fs::write(path, bytes).unwrap();
         }
         init(root, self.shape.store_kind());
+        if self.adopted {
+            adopt_well(root);
+        }
     }
 
     /// What is wrong with members that stay: views that are not what they were, images that QEMU finds faults

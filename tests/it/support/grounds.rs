@@ -1,7 +1,7 @@
 //! Stores on which one process tries its luck: in memory, with or without what file systems may lack, or on
 //! a real directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qchain::backend::memory::MemoryStore;
@@ -11,7 +11,7 @@ use qchain::ids::StorePath;
 use qchain::store::record::{DIRECTORIES, StoreRecord};
 
 use super::crash::{Chain, Files};
-use super::store::record;
+use super::store::{adopt_in, open_with, record};
 
 /// A kind of store.
 #[derive(Clone, Debug)]
@@ -63,7 +63,13 @@ impl Ground {
                     file.write_at(0, &bytes).unwrap();
                     file.sync().unwrap();
                 }
-                Place { backend: Arc::new(store) }
+                let place = Place { backend: Arc::new(store) };
+                if chain.adopted {
+                    let report =
+                        adopt_in(&open_with(Path::new("/nowhere"), Arc::clone(&place.backend)), false);
+                    assert!(report.failure.is_none() && report.findings.is_empty(), "{report:?}");
+                }
+                place
             }
         }
     }

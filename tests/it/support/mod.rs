@@ -12,6 +12,7 @@ pub mod grounds;
 pub mod hostile;
 pub mod images;
 pub mod killing;
+pub mod known;
 pub mod later;
 pub mod libvirt;
 pub mod mariadb;

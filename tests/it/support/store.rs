@@ -170,8 +170,12 @@ pub fn adopt_well(root: &Path) -> AdoptReport {
 
 /// `qchain adopt --now`, of all members.
 pub fn adopt(root: &Path, accept_changed: bool) -> AdoptReport {
-    let stores = open(root);
-    let scan = scan(&stores);
+    adopt_in(&open(root), accept_changed)
+}
+
+/// The same on opened stores.
+pub fn adopt_in(stores: &Stores, accept_changed: bool) -> AdoptReport {
+    let scan = scan(stores);
     let request = qchain::ops::adopt::Request {
         targets: scan.graph.ids().collect(),
         accept_changed,
@@ -179,14 +183,17 @@ pub fn adopt(root: &Path, accept_changed: bool) -> AdoptReport {
         now_ns: SystemClock.wall_ns(),
         ..Default::default()
     };
-    qchain::ops::adopt::adopt(&stores, &scan, &request, &Silent, &Cancel::default(), &Pace::default())
-        .unwrap()
+    qchain::ops::adopt::adopt(stores, &scan, &request, &Silent, &Cancel::default(), &Pace::default()).unwrap()
 }
 
 /// `qchain verify --level LEVEL`, of all members.
 pub fn verify(root: &Path, level: Level) -> VerifyReport {
-    let stores = open(root);
-    let scan = scan(&stores);
+    verify_in(&open(root), level)
+}
+
+/// The same on opened stores.
+pub fn verify_in(stores: &Stores, level: Level) -> VerifyReport {
+    let scan = scan(stores);
     let options = Options {
         level,
         fraction: None,
@@ -197,7 +204,7 @@ pub fn verify(root: &Path, level: Level) -> VerifyReport {
         now_ns: SystemClock.wall_ns(),
     };
     let all: Vec<_> = scan.graph.ids().collect();
-    qchain::ops::verify::verify(&stores, &scan, &all, &options, &Silent, &Cancel::default(), &Pace::default())
+    qchain::ops::verify::verify(stores, &scan, &all, &options, &Silent, &Cancel::default(), &Pace::default())
         .unwrap()
 }
 
