@@ -3,12 +3,11 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use super::support::chains::{assert_true, write_truth};
-use super::support::qemu::{must, text};
+use super::support::qemu::{Writer, must, text};
 use super::support::world::{World, listing};
 
 /// The columns of `scripts/export-records.sql`.
@@ -231,19 +230,9 @@ fn broken_chains_are_refused_by_name() {
 #[test]
 fn a_member_that_qemu_writes_is_busy() {
     let world = World::opted_in();
-    let mut writer = Command::new("qemu-io")
-        .args(["-f", "qcow2", text(&world.member("c"))])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // It has the image open once it answers.
-    let mut answer = [0u8; 8];
-    std::io::Write::write_all(writer.stdin.as_mut().unwrap(), b"length\n").unwrap();
-    std::io::Read::read_exact(writer.stdout.as_mut().unwrap(), &mut answer).unwrap();
+    let writer = Writer::of(&world.member("c"));
     world.refuses(&["b", "--assume-deleted"], 5, "locked");
-    drop(writer.stdin.take());
-    writer.wait().unwrap();
+    drop(writer);
     let (exit, document) = world.run(&["delete", "b", "--assume-deleted", "--now", "--yes"]);
     assert_eq!(exit, 0, "{document}");
 }

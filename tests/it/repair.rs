@@ -5,7 +5,9 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use super::support::chains::{assert_true, write_truth};
-use super::support::qemu::{must, text};
+use super::support::mounts::FsKind;
+use super::support::qemu::{Writer, must, text};
+use super::support::volume::Volume;
 use super::support::world::{World, listing};
 
 /// A store of three members, adopted, and a copy of it elsewhere; the truth of each member.
@@ -174,4 +176,57 @@ fn what_nobody_has_is_refused_and_nothing_changes() {
     let verbs: Vec<&str> =
         log["lines"].as_array().unwrap().iter().map(|line| line["verb"].as_str().unwrap()).collect();
     assert_eq!((exit, verbs), (0, vec!["repair", "undo"]));
+}
+
+#[test]
+fn a_member_that_qemu_writes_is_busy() {
+    let places = Places::new();
+    let path = places.world.member("b");
+    places.rot("b", host(&path, 1 << 20), &[7; 10]);
+    let damaged = fs::read(&path).unwrap();
+    let from = places.elsewhere();
+    let writer = Writer::of(&path);
+    let before = fs::read(&path).unwrap();
+    for more in ["--yes", "--dry-run"] {
+        let call = ["repair", "b", "--from", text(&from), more];
+        assert_eq!(places.world.fails(&call), (5, "locked".to_owned()), "{more}");
+        assert!(fs::read(&path).unwrap() == before, "{more}: a file in use was changed");
+    }
+    drop(writer);
+    assert!(fs::read(&path).unwrap() == damaged, "a writer that wrote nothing");
+    let (exit, document) = places.repair("b", &from);
+    assert_eq!((exit, document["status"].as_str()), (0, Some("repaired")), "{document}");
+    places.is_whole();
+}
+
+#[test]
+fn too_little_room_is_told_in_bytes_before_the_first_one() {
+    let volume = Volume::new(FsKind::Ext4, &[("a", ""), ("b", "a")]);
+    volume.does(&["init"]);
+    volume.does(&["adopt", "--now"]);
+    let (path, aside) = (volume.file("b"), tempfile::tempdir().unwrap());
+    let copy = aside.path().join("copy");
+    fs::copy(&path, &copy).unwrap();
+    let map = must("qemu-img", &["map", "-U", "--output=json", text(&path)]);
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let run = map.as_array().unwrap().iter().find(|run| run["depth"] == 0 && run["offset"].is_u64()).unwrap();
+    let (at, modified) = (run["offset"].as_u64().unwrap(), fs::metadata(&path).unwrap().modified().unwrap());
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0x5a; 512], at).unwrap();
+    file.set_modified(modified).unwrap();
+    let needed = fs::metadata(&path).unwrap().len() + 65_536;
+    let filler = File::create(volume.mount.path().join("filler")).unwrap();
+    let space = rustix::fs::statvfs(volume.mount.path()).unwrap();
+    let room = space.f_bavail * space.f_frsize - needed / 2;
+    rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, room).unwrap();
+    volume.refuses(&["repair", "b", "--from", text(&copy), "--yes"], (7, "no-space"));
+    let (_, document) = volume.run(&["repair", "b", "--from", text(&copy), "--yes"]);
+    let message = document["error"]["message"].as_str().unwrap();
+    assert!(message.ends_with(&format!(" bytes free; {needed} are needed")), "{message}");
+    assert_eq!(volume.does(&["history"])["operations"], serde_json::json!([]));
+    filler.set_len(0).unwrap();
+    let done = volume.does(&["repair", "b", "--from", text(&copy), "--yes"]);
+    assert_eq!((&done["status"], &done["blocks"]), (&"repaired".into(), &1.into()), "{done}");
+    assert!(fs::read(&path).unwrap() == fs::read(&copy).unwrap());
+    volume.assert_all_views("repaired");
 }

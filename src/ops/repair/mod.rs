@@ -13,11 +13,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::backend::{BackendError, Means, Move, StoreFile};
-use crate::chain::graph::NodeId;
+use crate::chain::graph::{Key, NodeId};
 use crate::change::log::Did;
+use crate::change::publication::Published;
 use crate::change::record::{Commit, Publication, Purpose};
 use crate::change::recover::{Extent, finish};
 use crate::change::witness::Witness;
+use crate::change::yard::Yard;
 use crate::change::{Guard, Operation, Site, tree};
 use crate::digest::view::{Leaves as _, Says};
 use crate::digest::{block_count, leaf};
@@ -80,7 +82,9 @@ struct Base {
 ///
 /// # Errors
 ///
-/// `data-damaged` if a bad block is nowhere to be found: nothing was changed.
+/// `locked` (busy) if QEMU has the member open for writing; `data-damaged` if a bad block is nowhere to be found;
+/// `no-space`, with the bytes that are needed, if there is less room: nothing was changed. `changed-meanwhile` if
+/// somebody else changed the member or opened it for writing since: it was left as it was.
 ///
 /// # After a crash
 ///
@@ -116,6 +120,7 @@ pub fn repair(
         return Ok(report);
     }
     let key = &scan.graph.node(request.target).key;
+    work.need_room(key, &base, bad.len() as u64)?;
     let root = scan.graph.node(tree::root(&scan.graph, request.target)).key.clone();
     let operation = Operation::begin(site, &root, vec![site.place(key)?])?;
     let old =
@@ -136,6 +141,13 @@ pub fn repair(
     let nobody = Witness::None;
     finish(site, &decided, &published, &[], Extent::default(), nobody, &mut Vec::new())
         .map_err(|error| OpError::after_decision(&error))?;
+    let taken_back = published.iter().find_map(|one| match one {
+        Published::TakenBack { code, reason } => Some((*code, reason.clone())),
+        Published::Done => None,
+    });
+    if let Some((code, message)) = taken_back {
+        return Err(OpError::Refused { code, member: work.name.clone(), message });
+    }
     let digest = Some(work.manifest.view_digest);
     let did = Did { into: Some(work.name.clone()), digest_after: digest, ..Did::default() };
     // It was done all the same; the log is for people.
@@ -202,6 +214,10 @@ impl<'a> Work<'a> {
         let name = stores.display(key);
         let member =
             scan.member(request.target).ok_or_else(|| StoreError::NotFound { name: name.clone() })?;
+        if member.locks.writer {
+            let message = "QEMU has it open for writing".to_owned();
+            return Err(OpError::Refused { code: Code::Locked, member: name, message });
+        }
         let known = Shelf::load(store)?.find(store, &key.path, &member.stat)?;
         let (manifest, same) = match known {
             Known::Current(manifest) => (*manifest, true),
@@ -223,7 +239,7 @@ impl<'a> Work<'a> {
             None => Vec::new(),
             Some(parent) => {
                 let below = stores.iter().find_map(|(index, _)| {
-                    let key = crate::chain::graph::Key { store: index, path: parent.member.clone() };
+                    let key = Key { store: index, path: parent.member.clone() };
                     scan.graph.find(&key)
                 });
                 let below = below.ok_or_else(|| OpError::Refused {
@@ -266,6 +282,22 @@ impl<'a> Work<'a> {
             });
             judged.collect()
         })
+    }
+
+    /// Refuses if there is less room than the new file takes: all of it, or just the bad blocks where it shares the
+    /// extents of the old one.
+    fn need_room(&self, key: &Key, base: &Base, bad: u64) -> Result<()> {
+        let backend = self.store.backend().as_ref();
+        let failed = |source| StoreError::backend(self.store, source);
+        let yard = Yard::of(backend, &key.path).map_err(failed)?;
+        let shares = !base.foreign && backend.probe(&yard.temporaries()).map_err(failed)?.clone;
+        let copied = if shares { 0 } else { base.image.file_length() };
+        let needed_bytes = copied.saturating_add(bad.saturating_mul(BLOCK_BYTES));
+        let free_bytes = backend.space().map_err(failed)?.free_bytes;
+        if free_bytes < needed_bytes {
+            return Err(OpError::NoSpace { store: backend.describe(), free_bytes, needed_bytes });
+        }
+        Ok(())
     }
 
     fn table(&self) -> Result<LeafFile> {

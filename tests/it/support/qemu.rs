@@ -1,7 +1,8 @@
 //! QEMU's own programs as oracles. A missing program fails the test.
 
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 /// Runs a program to its end; panics if there is none of that name.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
@@ -49,4 +50,31 @@ pub fn io(path: &Path, commands: &[&str]) {
 /// A path as text; those of tests always are.
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+/// A qemu-io that has an image open for writing, until this is dropped.
+pub struct Writer(Child);
+
+impl Writer {
+    /// Opens it; returns once it is open.
+    pub fn of(path: &Path) -> Self {
+        let mut child = Command::new("qemu-io")
+            .args(["-f", "qcow2", text(path)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("qemu-io is needed for this test: {error}"));
+        // It has the image open once it answers.
+        child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        // It ends by itself now, if it has not failed before.
+        let _ = self.0.wait();
+    }
 }
