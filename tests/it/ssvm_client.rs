@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use super::support::chains::{assert_true, write_truth};
+use super::support::qemu::Writer;
+use super::support::volume::is_base;
 use super::support::world::{World, listing};
 
 const URL: &str = "nfs://192.0.2.10/export/secondary";
@@ -128,6 +130,51 @@ fn a_query_for_copy_names_the_whole_chain() {
 }
 
 #[test]
+fn a_conversion_makes_cloudstacks_flattened_copy() {
+    let world = store();
+    let path = format!("{}_temp", paths(2).0);
+    let copy = world.root().join(&path);
+    // Once more over what an earlier try left, and over what somebody is writing.
+    for _ in 0..2 {
+        let (exit, answer) = ask_fixture(&world, "convert");
+        assert_eq!((exit, &answer["result"], &answer["path"]), (0, &json!(true), &json!(path)), "{answer}");
+        let file_bytes = fs::metadata(&copy).unwrap().len();
+        assert_eq!(
+            (answer["physical_size"].as_u64(), answer["size"].as_u64()),
+            (Some(file_bytes), Some(10 << 20))
+        );
+        assert_true(&copy, &world.directory.path().join(NAMES[2]), "flattened");
+        assert!(is_base(&copy));
+    }
+    let _writer = Writer::of(&copy);
+    let (exit, answer) = ask_fixture(&world, "convert");
+    assert_eq!((exit, &answer["code"], &answer["result"]), (5, &json!("locked"), &json!(false)), "{answer}");
+}
+
+#[test]
+fn a_copy_to_a_template_or_a_volume_lands_in_cloudstacks_place() {
+    let world = store();
+    let names = ["8e9f0a1b-0000-4000-8000-000000000107", "9f0a1b2c-0000-4000-8000-000000000108"];
+    for (command, place, name, properties) in [
+        ("copy-to-template", "template/tmpl/2/203", names[0], "template.properties"),
+        ("copy-to-volume", "volumes/2/9", names[1], "volume.properties"),
+    ] {
+        let (exit, answer) = ask_fixture(&world, command);
+        let path = format!("{place}/{name}.qcow2");
+        assert_eq!(
+            (exit, &answer["path"], &answer["format"]),
+            (0, &json!(path), &json!("QCOW2")),
+            "{answer}"
+        );
+        assert!(world.root().join(place).join(properties).exists(), "{command}");
+        assert_true(&world.root().join(&path), &world.directory.path().join(NAMES[2]), command);
+        // The place is taken now.
+        let (exit, answer) = ask_fixture(&world, command);
+        assert_eq!((exit, &answer["code"]), (3, &json!("target-exists")), "{answer}");
+    }
+}
+
+#[test]
 fn what_is_not_qchains_is_told_why_and_left_alone() {
     let world = store();
     let before = listing(&world.root());
@@ -137,7 +184,6 @@ fn what_is_not_qchains_is_told_why_and_left_alone() {
         ("delete-vmware", "other-hypervisor", false, "a directory"),
         ("delete-template", "not-a-snapshot", false, "TemplateObjectTO is not a snapshot"),
         ("delete-other-checkpoint", "checkpoint-path", true, "is not the checkpoint file of"),
-        ("convert", "not-available", false, "not yet available: use qemu-img convert"),
         ("copy", "unknown-command", false, "CopyCommand is not qchain's"),
     ] {
         let (exit, answer) = ask_fixture(&world, name);
@@ -154,6 +200,7 @@ fn what_is_no_command_or_of_no_store_is_refused() {
     let world = store();
     let before = listing(&world.root());
     let text = fs::read_to_string(root().join("fixtures/commands/delete-middle.json")).unwrap();
+    let copy = fs::read_to_string(root().join("fixtures/commands/copy-to-template.json")).unwrap();
     let outside = text.replace(&paths(1).0, "snapshots/2/7/..");
     for (command, exit, code) in [
         ("", 2, "usage"),
@@ -161,6 +208,7 @@ fn what_is_no_command_or_of_no_store_is_refused() {
         ("{\"a.DeleteCommand\": {}}", 2, "usage"),
         (&text.replace("192.0.2.10", "192.0.2.11"), 3, "store-absent"),
         (&outside, 3, "not-a-snapshot"),
+        (&copy.replace("template/tmpl/2/203", "template/tmpl/2/203/../204"), 3, "not-a-place"),
     ] {
         let path = world.directory.path().join("command.json");
         fs::write(&path, command).unwrap();

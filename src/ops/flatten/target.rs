@@ -6,6 +6,7 @@ use super::place::Place;
 use super::properties;
 use crate::backend::publish::{publish, publish_directory, publish_new, take_identity, temporary_in};
 use crate::backend::{Backend, BackendError, FileId, FileKind, Identity, StoreFile};
+use crate::chain::graph::NodeId;
 use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::ops::{OpError, Result};
@@ -68,7 +69,11 @@ impl Target {
             return Err(exists(&target.shown));
         }
         let is = |id: FileId| id == stat.id;
-        if source.files().any(is) || scan.members.iter().any(|member| is(member.stat.id)) {
+        // CloudStack's own flattened copy is written anew at any time, and nobody stands on it.
+        let bare = |id: &NodeId| scan.graph.children(*id).is_empty();
+        let member = scan.graph.ids().find(|id| scan.member(*id).is_some_and(|member| is(member.stat.id)));
+        let copy = member.filter(bare).and_then(|id| scan.member(id)).is_some_and(|member| member.temporary);
+        if source.files().any(is) || member.is_some() && !copy {
             let message = format!("{} is a member of a chain, which is not overwritten", target.shown);
             return Err(OpError::Refused { code: Code::TargetExists, member: String::new(), message });
         }
