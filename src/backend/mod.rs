@@ -158,6 +158,12 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Reads at `offset` until `buffer` is full or the file ends; the count is short only at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize>;
 
+    /// How many reads the store answers at once with profit, if more than there are processors: those of a server, which
+    /// take their time. Else 0.
+    fn reads_at_once(&self) -> usize {
+        0
+    }
+
     /// Where the first bytes at or behind `offset` are that take space: `offset` if those there do, or if the store
     /// cannot tell; `u64::MAX` if none do. What lies in between is a hole, and reads as zeros.
     fn data_from(&self, offset: u64) -> Result<u64> {

@@ -58,8 +58,8 @@ pub fn manifests(site: &Site<'_>) -> Result<u64> {
     let mut removed = 0;
     for ((index, store), listed) in site.stores.iter().zip(listed) {
         // Of a process that was killed, unless somebody is at it just now.
-        let alone = is_alone(site, index)?;
-        let forgotten = |table: &StorePath| alone || is_old(site, index, table);
+        let forgotten =
+            |table: &StorePath| is_alone(site, index).unwrap_or(false) || is_old(site, index, table);
         let stat = |member: &StorePath| match store.backend().stat(member) {
             Ok(stat) => Ok(Some(stat)),
             Err(BackendError::NotFound { .. }) => Ok(None),

@@ -1,8 +1,8 @@
 //! Digests of whole views, read through their chains.
 //!
 //! The map is cut into pieces of work along its data; what is known to be zero costs nothing. Work is read and
-//! hashed on all processors, a batch at a time; leaves are taken in order. Memory: one buffer of
-//! `PIECE_BYTES` a thread, and the runs and leaves of a batch.
+//! hashed on all processors, and of files of a server on more threads than that, a batch at a time; leaves are taken in
+//! order. Memory: one buffer of `PIECE_BYTES` a thread, and the runs and leaves of a batch.
 
 use rayon::prelude::*;
 
@@ -12,6 +12,7 @@ use crate::ids::Digest;
 use crate::progress::{Cancel, Progress};
 use crate::qcow2::image::MIN_WINDOW_BYTES;
 use crate::qcow2::{Content, ImageError, Run};
+use crate::store::ahead::at_once;
 use crate::store::chain::OpenChain;
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 
@@ -19,7 +20,7 @@ use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 /// decompressed for two pieces.
 const PIECE_BYTES: u64 = 2 << 20;
 /// How much data a batch has at least before it is worked on.
-const BATCH_BYTES: u64 = 32 << 20;
+const BATCH_BYTES: u64 = 128 << 20;
 /// How many runs a batch has at most.
 const BATCH_RUNS: usize = 65_536;
 const _: () = assert!(MIN_WINDOW_BYTES <= BLOCK_LENGTH);
@@ -28,11 +29,13 @@ type Result<T> = std::result::Result<T, ImageError>;
 
 /// The digest of the view of a chain's newest member; what lies below the chain reads as zeros.
 ///
-/// Fails with [`ImageError::Cancelled`] if that was asked for, between two batches.
+/// Fails with [`ImageError::Cancelled`] if that was asked for, between two pieces.
 pub fn view_digest(chain: &OpenChain, progress: &dyn Progress, cancel: &Cancel) -> Result<Digest> {
     let name = chain.images().next().map_or_else(String::new, |image| image.name().to_owned());
     let read = |run: &Run, buffer: &mut [u8]| chain.read_run(run, buffer);
-    digest_runs(&name, chain.virtual_size(), chain.map(), &read, progress, cancel)
+    let readers = chain.images().map(|image| image.file().reads_at_once()).max().unwrap_or(0);
+    let reading = Reading { read: &read, readers, cancel };
+    digest_runs(&name, chain.virtual_size(), chain.map(), &reading, progress)
 }
 
 /// The digest of a file as a raw image.
@@ -43,8 +46,17 @@ pub fn raw_digest(file: &dyn StoreFile, progress: &dyn Progress, cancel: &Cancel
     let content = Content::Data { layer: 0, host: HostOffset(0) };
     let whole = (length > 0).then_some(Ok(Run { start: GuestOffset(0), length, content }));
     let read = |run: &Run, buffer: &mut [u8]| read_padded(file, run.start.0, buffer).map_err(failed);
-    let digest = digest_runs(&name, length, whole.into_iter(), &read, progress, cancel)?;
+    let reading = Reading { read: &read, readers: file.reads_at_once(), cancel };
+    let digest = digest_runs(&name, length, whole.into_iter(), &reading, progress)?;
     Ok((digest, length))
+}
+
+/// How runs are read.
+struct Reading<'a> {
+    read: &'a (dyn Fn(&Run, &mut [u8]) -> Result<()> + Sync),
+    /// By how many threads, if more than there are processors.
+    readers: usize,
+    cancel: &'a Cancel,
 }
 
 /// The digest of a view from its map: `runs` cover exactly `[0, virtual_size)`.
@@ -52,9 +64,8 @@ fn digest_runs(
     name: &str,
     virtual_size: u64,
     runs: impl Iterator<Item = Result<Run>>,
-    read: &(dyn Fn(&Run, &mut [u8]) -> Result<()> + Sync),
+    reading: &Reading<'_>,
     progress: &dyn Progress,
-    cancel: &Cancel,
 ) -> Result<Digest> {
     progress.phase("hashing", virtual_size);
     let mut tree = TreeBuilder::new();
@@ -66,8 +77,7 @@ fn digest_runs(
             progress.advance(taken);
             let left = rest.clip(rest.start.plus(taken), rest.end());
             if batch.is_full() {
-                cancel.check().map_err(|_| ImageError::Cancelled { image: name.to_owned() })?;
-                batch.work(&mut tree, read)?;
+                batch.work(&mut tree, name, reading)?;
             }
             match left {
                 Some(left) => rest = left,
@@ -76,7 +86,7 @@ fn digest_runs(
         }
     }
     batch.close();
-    batch.work(&mut tree, read)?;
+    batch.work(&mut tree, name, reading)?;
     // A map that ends early is none; blocks that nobody told of would be taken for zeros.
     if tree.blocks() != block_count(virtual_size) {
         let detail = format!("its map tells of {} blocks of {}", tree.blocks(), block_count(virtual_size));
@@ -144,21 +154,20 @@ impl Batch {
     }
 
     /// Reads and hashes all that is closed.
-    fn work(
-        &mut self,
-        tree: &mut TreeBuilder,
-        read: &(dyn Fn(&Run, &mut [u8]) -> Result<()> + Sync),
-    ) -> Result<()> {
+    fn work(&mut self, tree: &mut TreeBuilder, name: &str, reading: &Reading<'_>) -> Result<()> {
         let items = std::mem::take(&mut self.items);
         self.runs = self.open.len();
         self.bytes = 0;
-        let hashed: Vec<(u64, Vec<Digest>)> = items
-            .par_iter()
-            .map_init(Vec::new, |buffer, item| match item {
-                Item::Zeros(count) => Ok((*count, Vec::new())),
-                Item::Blocks(runs) => Ok((0, leaves(runs, buffer, read)?)),
-            })
-            .collect::<Result<_>>()?;
+        let Reading { read, readers, cancel } = *reading;
+        let hash = |buffer: &mut Vec<u8>, item: &Item| match item {
+            Item::Zeros(count) => Ok((*count, Vec::new())),
+            Item::Blocks(runs) => {
+                cancel.check().map_err(|_| ImageError::Cancelled { image: name.to_owned() })?;
+                Ok((0, leaves(runs, buffer, read)?))
+            }
+        };
+        let hashed: Vec<(u64, Vec<Digest>)> =
+            at_once(readers, || items.par_iter().map_init(Vec::new, hash).collect::<Result<_>>())?;
         for (zeros, leaves) in hashed {
             tree.push_zero_blocks(zeros);
             for leaf in leaves {
@@ -191,7 +200,7 @@ fn leaves(
 mod tests {
     use proptest::prelude::*;
 
-    use super::{digest_runs, raw_digest};
+    use super::{Reading, digest_runs, raw_digest};
     use crate::backend::memory::MemoryStore;
     use crate::backend::{Backend, StoreFile};
     use crate::digest::{TreeBuilder, leaf};
@@ -229,7 +238,9 @@ mod tests {
             Ok(())
         };
         let size = view.len() as u64;
-        let got = digest_runs("x", size, runs.into_iter(), &read, &Silent, &Cancel::default()).unwrap();
+        let cancel = Cancel::default();
+        let reading = Reading { read: &read, readers: 0, cancel: &cancel };
+        let got = digest_runs("x", size, runs.into_iter(), &reading, &Silent).unwrap();
         (got, plain(&view))
     }
 
@@ -249,7 +260,8 @@ mod tests {
     fn a_map_that_ends_early_is_refused() {
         let none = std::iter::empty();
         let read = |_: &Run, _: &mut [u8]| Ok(());
-        assert!(digest_runs("x", 1, none, &read, &Silent, &Cancel::default()).is_err());
+        let reading = Reading { read: &read, readers: 0, cancel: &Cancel::default() };
+        assert!(digest_runs("x", 1, none, &reading, &Silent).is_err());
     }
 
     #[test]
@@ -262,7 +274,8 @@ mod tests {
             buffer.fill(1);
             Ok(())
         };
-        assert!(digest_runs("x", 64 << 20, std::iter::once(Ok(run)), &read, &Silent, &cancel).is_err());
+        let reading = Reading { read: &read, readers: 0, cancel: &cancel };
+        assert!(digest_runs("x", 64 << 20, std::iter::once(Ok(run)), &reading, &Silent).is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! | init, deinit | no interaction | guard | guard |
 #![doc = include_str!("LAYOUT.md")]
 
+pub mod ahead;
 pub mod attest;
 pub mod cache;
 pub mod chain;

@@ -238,6 +238,7 @@ fn hidden_space_comes_back_and_rows_are_right_in_all_three_modes() {
             "untouched" => {
                 assert_eq!(rows(&database), before);
                 stubs_are_of_no_harm(&zone);
+                migrated_stores_read_the_same(&zone, &database, mode);
                 what_stubs_stand_on_goes_too(&zone, &database);
             }
             "print" => {
@@ -254,6 +255,7 @@ fn hidden_space_comes_back_and_rows_are_right_in_all_three_modes() {
             }
         }
         if mode != "untouched" {
+            migrated_stores_read_the_same(&zone, &database, mode);
             let lengths = database.ask(
                 "SELECT physical_size FROM snapshot_store_ref WHERE snapshot_id IN (2, 5, 6) ORDER BY snapshot_id",
             );
@@ -320,6 +322,37 @@ fn stubs_are_of_no_harm(zone: &Zone) {
         must("qemu-img", &["check", "-q", "-f", "qcow2", text(&zone.file(number))]);
     }
     zone.assert_views("back");
+}
+
+/// What CloudStack's migrations of a store make of a chain, by its rows: before PR #12086 a plain copy of each file,
+/// after it a copy over its parent's copy.
+fn migrated_stores_read_the_same(zone: &Zone, database: &MariaDb, context: &str) {
+    let [copied, converted] = ["copied", "converted"].map(|name| zone.directory.path().join(name));
+    for directory in [&copied, &converted] {
+        fs::create_dir(directory).unwrap();
+    }
+    let kept = "SELECT snapshot_id, parent_snapshot_id FROM snapshot_store_ref WHERE state <> 'Destroyed' \
+                ORDER BY snapshot_id";
+    let name = |number: usize| zone.file(number).file_name().unwrap().to_str().unwrap().to_owned();
+    for row in database.ask(kept) {
+        let (number, parent) = row.split_once('\t').unwrap();
+        let (number, parent): (usize, usize) = (number.parse().unwrap(), parent.parse().unwrap());
+        let (from, to) = (zone.file(number), converted.join(name(number)));
+        fs::copy(&from, copied.join(name(number))).unwrap();
+        let mut call = vec!["convert", "-f", "qcow2", "-O", "qcow2"];
+        let below = if parent == 0 { String::new() } else { name(parent) };
+        if parent != 0 {
+            call.extend(["-F", "qcow2", "-B", &below]);
+        }
+        must("qemu-img", &[&call[..], &[text(&from), text(&to)]].concat());
+    }
+    for (index, snapshot) in zone.snapshots.iter().enumerate() {
+        if snapshot.state == "Ready" {
+            for directory in [&copied, &converted] {
+                assert_true(&directory.join(name(index + 1)), &zone.truth(index + 1), context);
+            }
+        }
+    }
 }
 
 /// The member below the stubs is given up as well; then CloudStack removes by glob what it kept, survivors first.

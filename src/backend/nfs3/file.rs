@@ -184,6 +184,10 @@ impl StoreFile for NfsFile {
         told.and_then(|told| told).map_err(|fault| fault.at("look at", &self.path))
     }
 
+    fn reads_at_once(&self) -> usize {
+        self.core.shared.connections
+    }
+
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let part = self.core.shared.read_bytes;
         let mut done = 0;

@@ -22,6 +22,7 @@ use crate::failure::{Code, Failure as _};
 use crate::ids::Digest;
 use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::{ExtentKind, Image, ImageError};
+use crate::store::ahead::at_once;
 use crate::store::chain::OpenChain;
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 use pieces::{Piece, Place, pieces};
@@ -235,15 +236,16 @@ fn read(
     leaves: &mut [Digest],
     job: &Job<'_>,
 ) -> Result<()> {
+    let readers = image.file().reads_at_once();
     for batch in tasks.chunks(BATCH_TASKS) {
         let bytes = batch.iter().map(Task::bytes).sum();
         job.pace.spend(bytes, job.cancel);
         job.cancel.check().map_err(|_| ImageError::Cancelled { image: image.name().to_owned() })?;
-        let hashed: Vec<Vec<Digest>> = batch
-            .par_iter()
-            .with_max_len(1)
-            .map_init(Vec::new, |buffer, task| hash(chain, image, task, buffer, job.tolerant))
-            .collect::<Result<_>>()?;
+        let tolerant = job.tolerant;
+        let hash = |buffer: &mut Vec<u8>, task: &Task| hash(chain, image, task, buffer, tolerant);
+        let hashed: Vec<Vec<Digest>> = at_once(readers, || {
+            batch.par_iter().with_max_len(1).map_init(Vec::new, hash).collect::<Result<_>>()
+        })?;
         for (task, hashed) in batch.iter().zip(hashed) {
             place(leaves, task, &hashed);
         }
