@@ -25,9 +25,12 @@ use qchain::store::record::{DIRECTORIES, StoreKind};
 use qchain::units::GuestOffset;
 
 use super::support::chains::{Kind, Numbers, Spec, assert_true, build, copy, folders};
+use super::support::killing::LONG;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{must, text};
-use super::support::store::{LEASE, delete, delete_on, delete_well, files, init, open, open_with, scan};
+use super::support::store::{
+    LEASE, delete, delete_by, delete_on, delete_well, files, init, open, open_with, scan,
+};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -91,7 +94,10 @@ fn temporaries(store: &dyn Backend) -> usize {
 }
 
 fn try_delete(backend: Arc<dyn Backend>, mode: ModeChoice) -> Result<Report> {
-    delete(&open_with(Path::new("/nowhere"), backend), &["a", "b"], mode)
+    // One thread, and no renewals of the lease, which come by the clock: the calls are those of a clean run.
+    let (stores, cancel) = (open_with(Path::new("/nowhere"), backend), Cancel::default());
+    let site = Site::new(&stores, &SystemClock, &cancel, LONG);
+    delete_by(&site, &["a", "b"], mode, Terms::default(), 1)
 }
 
 /// Whether all that was asked for was done.
