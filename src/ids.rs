@@ -171,8 +171,9 @@ impl fmt::Display for StoreId {
 }
 
 /// A BLAKE3 digest, printed as 64 hex digits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schema(value_type = String)]
 pub struct Digest(pub [u8; 32]);
 
 /// Why a text is no [`Digest`].

@@ -25,8 +25,12 @@ impl Progress for Silent {
 }
 
 /// A limit on bytes a second, shared by all who work under it.
+/// Clones are one limit.
+#[derive(Clone, Debug, Default)]
+pub struct Pace(Arc<Limit>);
+
 #[derive(Debug, Default)]
-pub struct Pace {
+struct Limit {
     /// 0: no limit.
     bytes_per_second: AtomicU64,
     /// When all that was spent so far will have been paid for.
@@ -40,19 +44,25 @@ impl Pace {
     /// A limit; 0 for none.
     #[must_use]
     pub fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second: AtomicU64::new(bytes_per_second), paid: Mutex::new(None) }
+        Self(Arc::new(Limit { bytes_per_second: AtomicU64::new(bytes_per_second), paid: Mutex::new(None) }))
     }
 
     /// Changes the limit for what is spent from now on.
     pub fn set(&self, bytes_per_second: u64) {
-        self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
+        self.0.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// The limit, in bytes a second; 0 for none.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> u64 {
+        self.0.bytes_per_second.load(Ordering::Relaxed)
     }
 
     /// How many bytes are best moved in one go, at most `most`: without a limit all of those, else what takes a
     /// quarter of a second, a whole number of clusters of any size.
     #[must_use]
     pub fn at_once(&self, most: u64) -> u64 {
-        match self.bytes_per_second.load(Ordering::Relaxed) {
+        match self.0.bytes_per_second.load(Ordering::Relaxed) {
             0 => most,
             rate => (rate / 4).clamp(2 << 20, most).next_multiple_of(2 << 20),
         }
@@ -61,13 +71,13 @@ impl Pace {
     /// Waits until `bytes` more may be moved: as long as what was spent before takes at the limit. A stop
     /// ends the wait.
     pub fn spend(&self, bytes: u64, cancel: &Cancel) {
-        let rate = self.bytes_per_second.load(Ordering::Relaxed);
+        let rate = self.0.bytes_per_second.load(Ordering::Relaxed);
         if rate == 0 || bytes == 0 {
             return;
         }
         let now = Instant::now();
         let start = {
-            let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut paid = self.0.paid.lock().unwrap_or_else(PoisonError::into_inner);
             let start = paid.unwrap_or(now).max(now);
             let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate);
             let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));

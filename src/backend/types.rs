@@ -138,7 +138,7 @@ pub struct ImageLocks {
 }
 
 /// What a store can do, found out by trying.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 #[expect(clippy::struct_excessive_bools, reason = "a list of independent findings")]
 pub struct Capabilities {
     /// FICLONERANGE works.

@@ -68,8 +68,12 @@ impl Lease {
     ///
     /// [`ChangeError::Busy`] if the owner lives.
     pub fn take(site: &Site<'_>, store: usize, tree: &TreeId) -> Result<Self> {
+        Self::take_file(site, store, places::lease(tree))
+    }
+
+    /// Takes the lease that is a given file of qchain's own: that of a job. Otherwise as [`Lease::take`].
+    pub fn take_file(site: &Site<'_>, store: usize, path: StorePath) -> Result<Self> {
         let backend = site.stores.get(store)?.backend();
-        let path = places::lease(tree);
         let failed = |source| ChangeError::Store { action: "lease", member: path.to_string(), source };
         let takes = |seen: &Option<Content>| match seen {
             None => true,

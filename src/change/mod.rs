@@ -47,5 +47,6 @@ pub use clock::{Clock, SystemClock};
 pub use decided::{Decided, Grown};
 pub use error::{ChangeError, Result};
 pub use guard::Guard;
+pub use lease::Lease;
 pub use operation::{Operation, Sealed, Staged};
 pub use site::{At, Owner, Site};

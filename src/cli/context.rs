@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use super::Global;
 use super::bar::Bar;
-use super::cache::Caches;
 use super::error::{CliError, Result};
 use super::settings::{InPlace, Settings};
 use super::{config, output, stores};
@@ -19,6 +18,8 @@ use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
 use crate::ops::policy::Policy;
 use crate::progress::{Cancel, Progress};
+use crate::store::caches::Caches;
+use crate::store::connect::connect;
 use crate::store::scan::{Scan, ScanOptions};
 use crate::store::{StoreConfig, Stores};
 
@@ -112,7 +113,7 @@ impl Context {
             let message = "no store: give --store DIR, or name one in the configuration";
             return Err(CliError::usage(message.to_owned()));
         }
-        stores::open(self.configs.clone())
+        Ok(connect(self.configs.clone())?)
     }
 
     /// Scans for a reading verb: by the help of the cache of headers.

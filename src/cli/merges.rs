@@ -4,22 +4,18 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use humantime::format_duration;
-use serde::Serialize;
-
 use super::context::Context;
 use super::error::{Exit, Result};
 use super::operations::{held_bytes, short};
-use super::output::{ErrorBody, human, time};
+use super::output::{human, time};
 use super::values;
-use crate::chain::graph::NodeId;
 use crate::change::{Guard, Site};
 use crate::failure::{Failure, with_causes};
 use crate::ops::OpError;
-use crate::ops::delete::{self, Aim, Entry, ModeChoice, Outcome, Plan, Report, TreePlan};
+pub use crate::ops::delete::Shown;
+use crate::ops::delete::{Aim, Entry, ModeChoice, Plan, Report};
 use crate::ops::recover::begin;
-use crate::store::Stores;
-use crate::store::scan::Scan;
+use humantime::format_duration;
 
 /// Flags of whatever merges.
 #[derive(Debug, clap::Args)]
@@ -97,172 +93,15 @@ enum Mode {
     Copy,
 }
 
-/// What `--json` shows.
-#[derive(Serialize)]
-pub struct Document<'a> {
-    /// All was done but the decision: nothing has changed.
-    rehearsed: bool,
-    plan: Vec<PlanEntry<'a>>,
-    refused: Vec<Refused<'a>>,
-    results: Vec<ResultEntry<'a>>,
-}
-
-#[derive(Serialize)]
-struct PlanEntry<'a> {
-    members: Vec<String>,
-    into: Option<String>,
-    mode: &'static str,
-    reason: &'a str,
-    bytes_to_write: u64,
-    bytes_to_clone: u64,
-    bytes_to_free: u64,
-    /// What it takes more than before: several survivors may each need a copy.
-    bytes_to_take: u64,
-    bytes_needed: u64,
-    /// Whether it can be undone once it is done.
-    undoable: bool,
-}
-
-/// A tree that nothing happens to.
-#[derive(Serialize)]
-struct Refused<'a> {
-    members: Vec<String>,
-    error: ErrorBody<'a>,
-}
-
-#[derive(Serialize)]
-struct ResultEntry<'a> {
-    operation: &'a str,
-    status: &'static str,
-    error: Option<ErrorBody<'a>>,
-    members: Vec<String>,
-    into: Option<String>,
-    mode: Option<&'static str>,
-    bytes_written: u64,
-    metadata_bytes_written: u64,
-    bytes_cloned: u64,
-    bytes_freed_now: u64,
-    bytes_held_until_purge: u64,
-    undo_until: Option<String>,
-    note: Option<&'a str>,
-    claims: Vec<Claim>,
-    elapsed_milliseconds: u64,
-}
-
-/// What was proved of a new image, for how many bytes of its view.
-#[derive(Serialize)]
-struct Claim {
-    #[serde(rename = "claim")]
-    name: &'static str,
-    bytes: u64,
-    /// Of these, how many were read on both sides and compared.
-    compared_bytes: u64,
-    /// The digest that was proved.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    digest: Option<String>,
-}
-
-/// A plan with what it takes to name its members.
-pub struct Shown<'a> {
-    pub stores: &'a Stores,
-    pub scan: &'a Scan,
-    pub plan: &'a Plan,
-    pub grace: Duration,
-    pub retention: Duration,
-    pub rehearse: bool,
-}
-
 impl Shown<'_> {
-    pub fn name(&self, id: NodeId) -> String {
-        self.stores.display(&self.scan.graph.node(id).key)
-    }
-
-    fn names(&self, ids: &[NodeId]) -> Vec<String> {
-        ids.iter().map(|id| self.name(*id)).collect()
-    }
-
-    /// What `--json` shows.
-    pub fn document<'r>(&'r self, report: &'r Report) -> Document<'r> {
-        let refused = self.plan.trees.iter().filter_map(|tree| {
-            let error = ErrorBody::of(tree.refusal.as_ref()?);
-            Some(Refused { members: self.names(&tree.targets), error })
-        });
-        let trees = self.plan.trees.iter();
-        Document {
-            rehearsed: self.rehearse,
-            plan: trees
-                .flat_map(|tree| tree.entries.iter().map(|entry| self.plan_entry(tree, entry)))
-                .collect(),
-            refused: refused.collect(),
-            results: report.outcomes.iter().map(|outcome| self.result_entry(outcome)).collect(),
-        }
-    }
-
-    /// Whether what happens to a tree can be undone: as a whole, or not at all.
-    fn undoable(&self, tree: &TreePlan) -> bool {
-        let written_into = tree.entries.iter().any(|entry| entry.mode == delete::Mode::InPlace);
-        !written_into && !(self.retention + self.grace).is_zero()
-    }
-
-    fn plan_entry<'r>(&self, tree: &TreePlan, entry: &'r Entry) -> PlanEntry<'r> {
-        PlanEntry {
-            members: self.names(&entry.members),
-            into: entry.into.map(|id| self.name(id)),
-            mode: entry.mode.word(),
-            reason: &entry.reason,
-            bytes_to_write: entry.cost.written_bytes(),
-            bytes_to_clone: entry.cost.clone_bytes,
-            bytes_to_free: entry.bytes_to_free,
-            bytes_to_take: entry.bytes_to_take,
-            bytes_needed: entry.bytes_needed,
-            undoable: self.undoable(tree),
-        }
-    }
-
-    fn result_entry<'r>(&self, outcome: &'r Outcome) -> ResultEntry<'r> {
-        let proved = outcome.planned_bytes + outcome.compared_bytes;
-        let plan =
-            Claim { name: "plan", bytes: proved, compared_bytes: outcome.compared_bytes, digest: None };
-        let digest = outcome.view_digest.map(|digest| Claim {
-            name: "digest",
-            bytes: outcome.digest_bytes,
-            compared_bytes: 0,
-            digest: Some(digest.to_string()),
-        });
-        let data = (outcome.data_bytes > 0).then_some(Claim {
-            name: "data",
-            bytes: outcome.data_bytes,
-            compared_bytes: outcome.data_bytes,
-            digest: None,
-        });
-        let made = outcome.into.is_some() && outcome.error.is_none();
-        ResultEntry {
-            operation: &outcome.operation,
-            status: outcome.status.word(),
-            error: outcome.error.as_ref().map(ErrorBody::of),
-            members: self.names(&outcome.members),
-            into: outcome.into.map(|id| self.name(id)),
-            mode: outcome.mode.map(delete::Mode::word),
-            bytes_written: outcome.bytes_written,
-            metadata_bytes_written: outcome.metadata_bytes_written,
-            bytes_cloned: outcome.bytes_cloned,
-            bytes_freed_now: outcome.bytes_freed_now,
-            bytes_held_until_purge: outcome.bytes_held_until_purge,
-            undo_until: outcome.undo_until_ns.map(time),
-            note: outcome.note.as_deref(),
-            claims: std::iter::once(plan).chain(digest).chain(data).filter(|_| made).collect(),
-            elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
-        }
-    }
-
-    pub fn plan_text(&self) -> String {
+    pub(super) fn plan_text(&self) -> String {
         let mut text = Vec::new();
         // Writing into memory cannot fail.
         let _ = self.write_plan(&mut text);
         String::from_utf8_lossy(&text).into_owned()
     }
 
-    pub fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
+    pub(super) fn write_plan(&self, out: &mut dyn Write) -> io::Result<()> {
         for tree in &self.plan.trees {
             for entry in &tree.entries {
                 self.write_entry(out, tree.aim, entry)?;
@@ -308,7 +147,7 @@ impl Shown<'_> {
         writeln!(out, "{line}, frees {}", human(entry.bytes_to_free))
     }
 
-    pub fn write_results(&self, out: &mut dyn Write, report: &Report) -> io::Result<()> {
+    pub(super) fn write_results(&self, out: &mut dyn Write, report: &Report) -> io::Result<()> {
         for outcome in &report.outcomes {
             let name = outcome.into.or(outcome.members.first().copied()).map(|id| self.name(id));
             let rehearsed = self.rehearse && outcome.error.is_none();

@@ -11,7 +11,6 @@ mod adopt;
 mod audit;
 mod bar;
 mod beside;
-mod cache;
 mod config;
 mod config_check;
 mod consolidate;

@@ -2,14 +2,12 @@
 
 use serde::Serialize;
 
-use super::output::{ErrorBody, time};
+use super::output::time;
 use crate::change::Site;
 use crate::change::history::Done;
-use crate::change::record::Place;
 use crate::change::recover::Action;
-use crate::failure::{Code, Kind};
 use crate::ops::recover::trash_bytes;
-use crate::store::scan::Finding;
+pub use crate::ops::recover::{failure, findings, names, store, until};
 
 /// How much of an id is shown to people: enough to be unique, and taken by `undo`.
 const SHORT: usize = 12;
@@ -82,20 +80,6 @@ pub fn held_bytes(site: &Site<'_>) -> u64 {
     trash_bytes(site.stores).unwrap_or_default()
 }
 
-/// The id of a store of the call.
-pub fn store(site: &Site<'_>, index: usize) -> String {
-    site.stores.get(index).map_or_else(|_| String::new(), |store| store.id().to_string())
-}
-
-/// Members as they can be written on the command line; those of a store that is not at hand by its own id.
-pub fn names(site: &Site<'_>, places: &[Place]) -> Vec<String> {
-    let name = |place: &Place| match site.key(place) {
-        Ok(key) => site.stores.display(&key),
-        Err(_) => format!("{}:{}", place.store, place.path),
-    };
-    places.iter().map(name).collect()
-}
-
 /// The first of several members, and how many more there are.
 pub fn several(members: &[String]) -> String {
     match members {
@@ -110,30 +94,6 @@ pub fn short(operation: &str) -> &str {
     operation.get(..SHORT).unwrap_or(operation)
 }
 
-/// Why something did not come to its end; `None` if it did, or only waits for its time.
-pub fn failure(action: &Action) -> Option<(Kind, ErrorBody<'static>)> {
-    let (kind, code, message) = match action {
-        Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => return None,
-        Action::Busy => (Kind::Busy, Code::StoreBusy, "somebody else is at work on it".to_owned()),
-        Action::Frozen(reason) => (Kind::Refused, Code::Frozen, reason.clone()),
-        Action::Stuck(findings) => {
-            let first = findings.first();
-            let message = first.map_or_else(String::new, |one| format!("{}: {}", one.member, one.message));
-            (Kind::Refused, first.map_or(Code::TrashChanged, |one| one.code), message)
-        }
-        Action::Failed { kind, code, message } => (*kind, *code, message.clone()),
-    };
-    Some((kind, ErrorBody::new(kind, code, message)))
-}
-
-/// Until when it waits.
-pub fn until(action: &Action) -> Option<String> {
-    match action {
-        Action::Grace(ns) | Action::Retention(ns) => Some(time(*ns)),
-        _ => None,
-    }
-}
-
 /// What became of it, for people.
 pub fn said(action: &Action) -> String {
     match action {
@@ -146,9 +106,4 @@ pub fn said(action: &Action) -> String {
             format!("{}: {failed}", action.word())
         }
     }
-}
-
-/// What somebody should look at.
-pub fn findings(action: &Action) -> &[Finding] {
-    if let Action::Stuck(findings) = action { findings } else { &[] }
 }

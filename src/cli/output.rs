@@ -1,66 +1,24 @@
 //! What is printed: JSON documents, errors, aligned columns, sizes for people.
 
 use std::io::{self, BufWriter, Write};
-use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::error::{CliError, Result};
 use crate::backend::Capabilities;
-use crate::failure::{Code, Failure, Kind, with_causes};
-
-/// The version of all JSON documents.
-pub const SCHEMA: u32 = 1;
-
-#[derive(Serialize)]
-struct Document<'a, T: Serialize> {
-    schema: u32,
-    #[serde(flatten)]
-    body: &'a T,
-}
-
-/// A failure, as JSON shows it.
-#[derive(Serialize)]
-pub struct ErrorBody<'a> {
-    kind: &'static str,
-    code: &'static str,
-    message: String,
-    member: Option<&'a str>,
-}
-
-impl ErrorBody<'_> {
-    /// Of something that failed by the way, about no one member.
-    pub fn new(kind: Kind, code: Code, message: String) -> Self {
-        Self { kind: kind.word(), code: code.as_str(), message, member: None }
-    }
-
-    /// For people.
-    pub fn text(&self) -> String {
-        format!("{} [{}]", self.message, self.code)
-    }
-}
-
-impl<'a> ErrorBody<'a> {
-    /// Of any failure.
-    pub fn of(error: &'a impl Failure) -> Self {
-        Self {
-            kind: error.kind().word(),
-            code: error.code().as_str(),
-            message: with_causes(error),
-            member: error.member(),
-        }
-    }
-}
+use crate::failure::{Failure, with_causes};
+use crate::ops::document::Document;
+pub use crate::ops::document::{ErrorBody, SCHEMA, time};
 
 #[derive(Serialize)]
-struct ErrorDocument<'a> {
-    error: ErrorBody<'a>,
+struct ErrorDocument {
+    error: ErrorBody,
 }
 
 /// Prints one JSON document.
 pub fn json(body: &impl Serialize) -> Result<()> {
     text(|out| {
-        serde_json::to_writer(&mut *out, &Document { schema: SCHEMA, body })?;
+        serde_json::to_writer(&mut *out, &Document::of(body))?;
         out.write_all(b"\n")
     })
 }
@@ -84,7 +42,7 @@ pub fn report_error(error: &CliError, as_json: bool) -> u8 {
 
 /// Prints one JSON document to standard error: for commands whose output is something else.
 pub fn json_aside(body: &impl Serialize) {
-    if let Ok(text) = serde_json::to_string(&Document { schema: SCHEMA, body }) {
+    if let Ok(text) = serde_json::to_string(&Document::of(body)) {
         eprintln!("{text}");
     }
 }
@@ -115,12 +73,6 @@ pub fn human(bytes: u64) -> String {
         }
     }
     format!("{}.{} {unit}", rest / 10, rest % 10)
-}
-
-/// A time as RFC 3339 has it, to the second, in UTC; `ns` counts from 1970.
-pub fn time(ns: i64) -> String {
-    let since = Duration::from_nanos(u64::try_from(ns).unwrap_or_default());
-    humantime::format_rfc3339_seconds(UNIX_EPOCH + since).to_string()
 }
 
 /// What a store can do, on one line.

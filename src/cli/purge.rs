@@ -45,7 +45,7 @@ struct Entry<'a> {
     bytes_freed: u64,
     action: &'static str,
     until: Option<String>,
-    error: Option<ErrorBody<'a>>,
+    error: Option<ErrorBody>,
     kept: &'a [String],
 }
 

@@ -12,14 +12,14 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{CliError, Exit, Result};
-use super::merges::{self, Manner, Shown, exit, nanoseconds, start};
+use super::merges::{Manner, Shown, exit, nanoseconds, start};
 use super::output::human;
 use super::{metrics, output, values};
 use crate::change::leaving::leaving;
 use crate::change::{Guard, Site};
 use crate::failure::{Code, Failure};
 use crate::ops::OpError;
-use crate::ops::delete::{self, Plan, Report, Request, Terms, plan_worth, selectable};
+use crate::ops::delete::{self, MergeDocument, Plan, Report, Request, Terms, plan_worth, selectable};
 use crate::ops::reclaim::{Bounds, Found, find};
 use crate::store::Stores;
 use crate::store::rows::RowMap;
@@ -83,7 +83,7 @@ pub enum Rows {
 #[derive(Serialize)]
 pub struct Document<'a> {
     #[serde(flatten)]
-    pub merges: merges::Document<'a>,
+    pub merges: MergeDocument,
     /// Changes of rows, tree by tree.
     pub rows: &'a [Made],
     pub findings: &'a [Finding],

@@ -10,6 +10,7 @@ use super::merges::{nanoseconds, start};
 use super::{metrics, stores, values};
 use crate::ids::StorePath;
 use crate::ops::repair::{Request, Source, repair};
+use crate::store::connect::connect;
 use crate::store::names::resolve_one;
 
 /// Flags of `repair`.
@@ -75,7 +76,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 fn source(context: &Context, from: &str, member: &StorePath) -> Result<Source> {
     if from.contains("://") || Path::new(from).is_dir() {
         let configs = stores::configured(&[from.to_owned()], &context.settings.stores)?;
-        let other = stores::open(configs)?;
+        let other = connect(configs)?;
         let scan = context.scan(&other, true)?;
         return Ok(Source::of_store(from, &other, &scan, member)?);
     }

@@ -1,18 +1,15 @@
 //! Which stores a call is about: `--store`, `QCHAIN_STORE`, or the configuration.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::error::{CliError, Result};
 use super::settings::{Backing, Directories, StoreSettings};
-use crate::backend::nfs3::{Nfs3Store, NfsUrl};
-use crate::backend::posix::PosixStore;
-use crate::backend::{Backend, BackendError};
+use crate::backend::nfs3::NfsUrl;
 use crate::cloudstack::backing::Style;
 use crate::cloudstack::paths::Layout;
 use crate::cloudstack::prefix::StoreUrl;
 use crate::ids::StoreId;
-use crate::store::{Store, StoreConfig, StoreError, Stores};
+use crate::store::StoreConfig;
 
 /// The variable that stands for `--store`; several stores are separated by semicolons.
 const VARIABLE: &str = "QCHAIN_STORE";
@@ -130,13 +127,6 @@ impl Place {
             }
         }
     }
-
-    fn open(&self) -> std::result::Result<Arc<dyn Backend>, BackendError> {
-        Ok(match self {
-            Self::Directory(path) => Arc::new(PosixStore::open(path)?),
-            Self::Export(url) => Arc::new(Nfs3Store::open(url)?),
-        })
-    }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -145,17 +135,6 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     absolute
         .map(|path| path.components().collect())
         .map_err(|source| CliError::Read { file: path.display().to_string(), source })
-}
-
-/// Opens stores for reading.
-pub fn open(configs: Vec<StoreConfig>) -> Result<Stores> {
-    let opened = configs.into_iter().map(|config| {
-        let store = config.root.clone();
-        let backend = Place::of(&store)?.open();
-        let backend = backend.map_err(|source| StoreError::Backend { store, source })?;
-        Ok(Store::open(config, backend)?)
-    });
-    Ok(Stores::new(opened.collect::<Result<_>>()?)?)
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ struct Document {
     /// The undo's own id.
     operation: String,
     status: &'static str,
-    error: Option<ErrorBody<'static>>,
+    error: Option<ErrorBody>,
     /// How far the undo came.
     action: &'static str,
     /// Until when files are kept that it replaced.

@@ -570,6 +570,41 @@ codes! {
         "The server of an nfs:// store cannot be found, connected to, or did not answer within the time-out of the store's URL.",
         "None for the store: it is only read. What was not read is not known.",
         "See that the server runs, that host, port and mountport are right, and that no firewall is between; a slow server may need a longer ?timeout=.";
+    /// The service does not know who asks.
+    Unauthorized = "unauthorized", Error,
+        "The request had no bearer token that the service knows.",
+        "None; nothing was done.",
+        "Send 'Authorization: Bearer TOKEN' with a token of the file [server] tokens; after a change of that file send the service SIGHUP.";
+    /// The token does not reach that far.
+    Forbidden = "forbidden", Error,
+        "The token is known, and its scope does not allow the request.",
+        "None; nothing was done.",
+        "Use a token with the scope that the message names: read, operate or admin.";
+    /// One key for two requests.
+    KeyReused = "key-reused", Error,
+        "The idempotency key was used before with another request.",
+        "None; nothing was done. The first request stands.",
+        "Use a new key for each request that is meant to be a new one.";
+    /// Too many jobs wait.
+    QueueFull = "queue-full", Error,
+        "The service keeps as many jobs as it may.",
+        "None; nothing was done.",
+        "Try again when jobs are done, or have fewer finished ones kept.";
+    /// The request is too large.
+    TooLarge = "too-large", Error,
+        "The request has more bytes than the service takes.",
+        "None; nothing was done.",
+        "Send less at once: members can be named by a prefix that ends in a slash.";
+    /// The service is ending, or too busy.
+    Unavailable = "unavailable", Info,
+        "The service is ending, or as busy as it may be.",
+        "None; a job that was made is kept and continued.",
+        "Try again a little later, or ask another instance.";
+    /// A job came to no end, again and again.
+    JobInterrupted = "job-interrupted", Error,
+        "The job was begun several times, and each time the service ended before it did.",
+        "None for the data: what was interrupted is finished or taken back by recovery.",
+        "Find out why the service ended; then make the job anew.";
     /// The user stopped it.
     Cancelled = "cancelled", Info,
         "The operation was stopped by the user.",

@@ -8,6 +8,7 @@ pub mod adopt;
 pub mod audit;
 pub mod delete;
 pub mod digest;
+pub mod document;
 mod error;
 pub mod flatten;
 pub mod init;

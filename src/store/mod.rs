@@ -16,11 +16,14 @@
 pub mod ahead;
 pub mod attest;
 pub mod cache;
+pub mod caches;
 pub mod chain;
 pub mod compare;
+pub mod connect;
 pub mod digest;
 mod error;
 pub mod facts;
+pub mod jobs;
 pub mod manifest;
 pub mod measure;
 pub mod merge;

@@ -20,7 +20,7 @@ pub const DIRECTORIES: &[&str] =
 pub const MAX_RECORD_BYTES: u64 = 1 << 20;
 
 /// What a store holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreKind {
     /// CloudStack's secondary storage.

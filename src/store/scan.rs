@@ -29,11 +29,12 @@ use crate::store::{Store, Stores};
 const LOCKS_OF_OLD_FILES_NS: i128 = 86_400_000_000_000;
 
 /// Something worth telling about a member or a name on a store.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, utoipa::ToSchema)]
 pub struct Finding {
     /// The member, as it can be written on the command line.
     pub member: String,
-    /// The reason code.
+    /// The reason code; `severity` (`info`, `warning`, `error`) follows from it.
+    #[schema(value_type = String)]
     pub code: Code,
     /// What is so.
     pub message: String,

@@ -49,7 +49,7 @@ pub struct Request {
 }
 
 /// One member whose manifest is in force.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Adopted {
     /// The member.
     pub member: String,
@@ -64,7 +64,7 @@ pub struct Adopted {
 }
 
 /// What was adopted, and what not.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, utoipa::ToSchema)]
 pub struct AdoptReport {
     /// The members asked for whose manifest is in force now, tree by tree, parents first.
     pub adopted: Vec<Adopted>,

@@ -38,9 +38,10 @@ pub struct AuditOptions<'a> {
 }
 
 /// One thing found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, utoipa::ToSchema)]
 pub struct AuditFinding {
-    /// The reason code.
+    /// The reason code; `severity` (`info`, `warning`, `error`) follows from it.
+    #[schema(value_type = String)]
     pub code: Code,
     /// The member or other file, or the store, as it can be written on the command line.
     pub member: String,
@@ -70,7 +71,7 @@ impl From<Finding> for AuditFinding {
 }
 
 /// All that was found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct AuditReport {
     /// What is worth telling.
     pub findings: Vec<AuditFinding>,

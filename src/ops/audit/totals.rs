@@ -11,7 +11,7 @@ use crate::ops::policy::is_snapshot;
 use crate::store::scan::Member;
 
 /// What some snapshots take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Sum {
     /// How many files they are.
     pub members: u64,
@@ -24,7 +24,7 @@ pub struct Sum {
 }
 
 /// Whose snapshots they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
 pub struct Owner {
     /// The account's number.
     pub account: u64,
@@ -34,7 +34,7 @@ pub struct Owner {
 }
 
 /// What the snapshots of an account or a volume take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct OwnerTotal {
     /// Whose they are.
     #[serde(flatten)]
@@ -45,7 +45,7 @@ pub struct OwnerTotal {
 }
 
 /// What a chain, with all its branches, takes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ChainTotal {
     /// The full base, or the lowest member that is known.
     pub member: String,
@@ -57,7 +57,7 @@ pub struct ChainTotal {
 }
 
 /// All sums.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Totals {
     /// By account.
     pub accounts: Vec<OwnerTotal>,

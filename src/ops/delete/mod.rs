@@ -7,6 +7,7 @@
 
 mod consolidate;
 mod context;
+mod document;
 mod due;
 mod follow;
 mod merge;
@@ -19,6 +20,7 @@ mod stub;
 mod worth;
 
 pub use context::{Context, Gate, Terms};
+pub use document::{MergeDocument, Shown};
 pub use due::{Due, Yardstick, due};
 pub use plan::{Entry, Mode, Plan, TreePlan, plan};
 pub use report::{Outcome, Report, Status};

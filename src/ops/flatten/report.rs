@@ -11,7 +11,7 @@ use crate::qcow2::layout::canonical::VERSION;
 use crate::store::stream::{Source, Stream};
 
 /// By which way an image was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
     /// Extents were shared.
@@ -25,7 +25,7 @@ pub enum How {
 }
 
 /// What was proved of a new image, for how many bytes of its view.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Claim {
     /// `plan`, `digest` or `data`.
     #[serde(rename = "claim")]
@@ -40,7 +40,7 @@ pub struct Claim {
 }
 
 /// What `--json` shows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct FlattenReport {
     /// The member.
     pub member: String,

@@ -18,7 +18,7 @@ use crate::store::record::StoreKind;
 use crate::store::scan::{Finding, Incoming, Member, Scan};
 
 /// All chains that were asked for.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct ListReport {
     /// The stores that were looked at.
     pub stores: Vec<StoreEntry>,
@@ -29,7 +29,7 @@ pub struct ListReport {
 }
 
 /// One store.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct StoreEntry {
     /// Its id on the command line.
     pub store: String,
@@ -42,7 +42,7 @@ pub struct StoreEntry {
 }
 
 /// One tree of members.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct Chain {
     /// A number for it, of no meaning in another call.
     pub tree: usize,
@@ -53,11 +53,12 @@ pub struct Chain {
     pub pinned_bytes: Option<u64>,
     /// Bytes that merging those away would free, about; null where it cannot be done.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
     pub merge_frees_bytes: Option<Option<u64>>,
 }
 
 /// One member.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct Entry {
     /// As it can be written on the command line.
     pub member: String,

@@ -1,5 +1,6 @@
 //! `recover`, `history`, `undo`, `purge`: what was interrupted, what was done, taking it back, ending it.
 
+mod report;
 mod state;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use crate::cloudstack::paths::snapshot_of;
 use crate::failure::Code;
 use crate::ops::{OpError, Result};
 
+pub use report::{RecoverEntry, RecoverReport, failure, findings, names, store, until};
 pub use state::{StoreState, state, trash_bytes};
 
 /// How many operations an error names.

@@ -18,7 +18,7 @@ use crate::units::{BLOCK_BYTES, GuestOffset};
 const MAX_RANGES: usize = 1000;
 
 /// A guest range that does not read as it did.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Damage {
     /// Whose bytes they are.
     pub member: String,
@@ -33,7 +33,7 @@ pub struct Damage {
 }
 
 /// Bytes of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct HostRange {
     /// The first.
     pub offset: u64,

@@ -34,7 +34,7 @@ pub use damage::{Damage, HostRange};
 pub use keep::Debt;
 
 /// How far to look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// Headers and backing names.
@@ -65,7 +65,7 @@ pub struct Options {
 }
 
 /// What was found out about a member.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Nothing is wrong at this level, in what was read.
@@ -77,7 +77,7 @@ pub enum Verdict {
 }
 
 /// One member checked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Checked {
     /// The member.
     pub member: String,
@@ -92,7 +92,7 @@ pub struct Checked {
 }
 
 /// What was checked and found.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, utoipa::ToSchema)]
 pub struct VerifyReport {
     /// Each member, in the order asked for.
     pub checked: Vec<Checked>,

@@ -16,6 +16,7 @@ use crate::store::facts::read_whole;
 const MAX_CACHE_BYTES: u64 = 1 << 30;
 
 /// The caches of a call's stores, by the store's index.
+#[derive(Debug)]
 pub struct Caches {
     /// What was known before.
     pub loaded: Vec<Cache>,
@@ -25,6 +26,7 @@ pub struct Caches {
 
 impl Caches {
     /// Reads what there is.
+    #[must_use]
     pub fn load(stores: &Stores, configured: Option<&Path>) -> Self {
         let directory = usual(configured).and_then(|directory| match open(&directory) {
             Ok(store) => Some(store),
