@@ -14,6 +14,7 @@
 //! | [`store`] | what lies on a share: scan, names, opened chains |
 //! | [`change`] | changing a share safely: locks, publishing order |
 //! | [`ops`] | the verbs: plan, run, report |
+//! | [`service`] | verbs as durable jobs over HTTP |
 //! | [`cli`] | the same for a terminal |
 //!
 //! Every verb is three steps: **map** a sub-chain, **lay out** the wanted image as a pure function of that
@@ -32,5 +33,6 @@ pub mod ids;
 pub mod ops;
 pub mod progress;
 pub mod qcow2;
+pub mod service;
 pub mod store;
 pub mod units;

@@ -68,11 +68,11 @@ impl Lease {
     ///
     /// [`ChangeError::Busy`] if the owner lives.
     pub fn take(site: &Site<'_>, store: usize, tree: &TreeId) -> Result<Self> {
-        Self::take_file(site, store, places::lease(tree))
+        Self::take_file(site, store, &places::lease(tree))
     }
 
     /// Takes the lease that is a given file of qchain's own: that of a job. Otherwise as [`Lease::take`].
-    pub fn take_file(site: &Site<'_>, store: usize, path: StorePath) -> Result<Self> {
+    pub fn take_file(site: &Site<'_>, store: usize, path: &StorePath) -> Result<Self> {
         let backend = site.stores.get(store)?.backend();
         let failed = |source| ChangeError::Store { action: "lease", member: path.to_string(), source };
         let takes = |seen: &Option<Content>| match seen {
@@ -82,17 +82,17 @@ impl Lease {
         let (local, seen) = {
             let _one = site.leases.taking.lock().unwrap_or_else(PoisonError::into_inner);
             // Trees that were one have one id: this process may work on several of them.
-            if let Some(held) = site.leases.find(backend, &path) {
+            if let Some(held) = site.leases.find(backend, path) {
                 return Ok(Self(held));
             }
-            let local = backend.try_lock(&path, LockKind::Exclusive).map_err(failed)?;
-            let seen = read(backend, &path).map_err(failed)?;
+            let local = backend.try_lock(path, LockKind::Exclusive).map_err(failed)?;
+            let seen = read(backend, path).map_err(failed)?;
             if local.is_some() && takes(&seen) {
                 return Self::hold(site, backend, path.clone(), local).map_err(failed);
             }
             (local, seen)
         };
-        let local = watch(site, backend, &path, seen.as_ref(), local, &takes)?;
+        let local = watch(site, backend, path, seen.as_ref(), local, &takes)?;
         let _one = site.leases.taking.lock().unwrap_or_else(PoisonError::into_inner);
         Self::hold(site, backend, path.clone(), local).map_err(failed)
     }

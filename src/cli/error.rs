@@ -7,6 +7,7 @@ use crate::database::DatabaseError;
 use crate::failure::{Code, Failure, Kind};
 use crate::ops::OpError;
 use crate::progress::Cancelled;
+use crate::service::ServiceError;
 use crate::store::StoreError;
 
 /// What a command gives.
@@ -70,6 +71,9 @@ pub enum CliError {
     /// CloudStack's database could not be used.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// The service could not be started.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
     /// Standard output is gone, or full.
     #[error("failed to write the output")]
     Write {
@@ -110,6 +114,7 @@ impl Failure for CliError {
             Self::Refused { .. } => Kind::Refused,
             Self::Op(error) => error.kind(),
             Self::Database(error) => error.kind(),
+            Self::Service(error) => error.kind(),
             Self::Records { source, .. } => source.kind(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Kind::NotFound,
             Self::Read { .. } | Self::Write { .. } => Kind::Io,
@@ -121,6 +126,7 @@ impl Failure for CliError {
             Self::Usage { code, .. } | Self::Refused { code, .. } => *code,
             Self::Op(error) => error.code(),
             Self::Database(error) => error.code(),
+            Self::Service(error) => error.code(),
             Self::Records { source, .. } => source.code(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::Read { .. } | Self::Write { .. } => Code::Io,

@@ -37,6 +37,7 @@ mod reclaim;
 mod records_file;
 mod recover;
 mod repair;
+mod serve;
 mod settings;
 mod stores;
 mod undo;
@@ -136,6 +137,8 @@ enum Command {
     /// Finish or take back what was interrupted; every changing command begins with it
     #[command(after_help = recover::HELP)]
     Recover(recover::Args),
+    /// Serve verbs as durable jobs over HTTP
+    Serve(serve::Args),
     /// Say what a reason code means
     Explain(explain::Args),
     /// Look at the configuration
@@ -188,6 +191,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Repair(args) => metrics::run(context(), "repair", &args.metrics, !args.dry_run, |context| {
             repair::run(context, args)
         }),
+        Command::Serve(args) => serve::run(&context()?, args),
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
         Command::HoldLock(args) => lock_proof::hold(args),
@@ -201,10 +205,13 @@ pub fn main() -> u8 {
         Ok(cli) => cli,
         Err(error) => return not_understood(&error),
     };
-    start_log(&cli.global);
+    start_log(&cli.global, matches!(cli.command, Command::Serve(_)));
     crate::backend::posix::raise_file_limit();
     let cancel = crate::progress::Cancel::default();
-    interrupt::install(&cancel);
+    // The service has signals of its own.
+    if !matches!(cli.command, Command::Serve(_)) {
+        interrupt::install(&cancel);
+    }
     let done = check_stores_flags(&cli.global).and_then(|()| dispatch(&cli, &cancel));
     match done {
         Ok(exit) => exit.0,
@@ -247,17 +254,17 @@ fn check_stores_flags(global: &Global) -> Result<()> {
     Ok(())
 }
 
-fn start_log(global: &Global) {
+fn start_log(global: &Global, service: bool) {
     let level = match (global.quiet, global.verbose) {
         (true, _) => tracing::Level::ERROR,
-        (false, 0) => tracing::Level::WARN,
-        (false, 1) => tracing::Level::INFO,
+        (false, 0) if !service => tracing::Level::WARN,
+        (false, 0 | 1) => tracing::Level::INFO,
         (false, 2) => tracing::Level::DEBUG,
         (false, _) => tracing::Level::TRACE,
     };
     let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
     // Fails only if a log was started already, which then is used.
-    let _ = log.try_init();
+    let _ = if service { log.json().flatten_event(true).try_init() } else { log.try_init() };
 }
 
 #[cfg(test)]

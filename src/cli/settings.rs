@@ -167,15 +167,35 @@ pub struct Server {
     pub listen: String,
     /// The file of bearer tokens.
     pub tokens: Option<PathBuf>,
+    /// The certificate of the service, a PEM file, with those between it and the root; none for plain HTTP.
+    pub certificate: Option<PathBuf>,
+    /// Its private key, a PEM file.
+    pub key: Option<PathBuf>,
     /// Where caches are kept.
     pub cache: Option<PathBuf>,
+    /// The one directory of this host into which jobs may write images.
+    pub exports: Option<PathBuf>,
+    /// How many connections are open at once, at most.
+    pub connections: usize,
+    /// How long finished jobs are kept.
+    pub keep_jobs: Span,
     /// Who wakes and spreads several instances.
     pub coordinator: Option<String>,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:7420".to_owned(), tokens: None, cache: None, coordinator: None }
+        Self {
+            listen: "127.0.0.1:7420".to_owned(),
+            tokens: None,
+            certificate: None,
+            key: None,
+            cache: None,
+            exports: None,
+            connections: 16_384,
+            keep_jobs: Span(Duration::from_hours(7 * 24)),
+            coordinator: None,
+        }
     }
 }
 

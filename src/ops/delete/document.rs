@@ -6,8 +6,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::chain::graph::NodeId;
+use crate::change::Site;
+use crate::change::history::Done;
+use crate::change::record::Place;
 use crate::ops::delete::plan::{Entry, Mode, Plan, TreePlan};
-use crate::ops::delete::report::{Outcome, Report};
+use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::document::{ErrorBody, time};
 use crate::store::Stores;
 use crate::store::scan::Scan;
@@ -181,4 +184,42 @@ impl Shown<'_> {
             elapsed_milliseconds: outcome.elapsed_ns / 1_000_000,
         }
     }
+}
+
+impl MergeDocument {
+    /// Of operations that were decided by somebody who did not come to tell, and finished by recovery.
+    #[must_use]
+    pub fn finished(site: &Site<'_>, done: &[Done]) -> Self {
+        Self { rehearsed: false, plan: Vec::new(), refused: Vec::new(), results: Vec::new() }.with(site, done)
+    }
+
+    /// The same with such operations, before all others.
+    #[must_use]
+    pub fn with(mut self, site: &Site<'_>, done: &[Done]) -> Self {
+        let entries = done.iter().map(|done| ResultEntry {
+            operation: done.operation.to_string(),
+            status: Status::Done.word(),
+            error: None,
+            members: names(site, &done.members),
+            into: names(site, &done.survivors).into_iter().next(),
+            mode: None,
+            bytes_written: 0,
+            metadata_bytes_written: 0,
+            bytes_cloned: 0,
+            bytes_freed_now: 0,
+            bytes_held_until_purge: done.held_bytes,
+            undo_until: done.undo_until.map(time),
+            note: Some("it was interrupted after the decision, and finished by recovery".to_owned()),
+            claims: Vec::new(),
+            elapsed_milliseconds: 0,
+        });
+        self.results.splice(0..0, entries.collect::<Vec<_>>());
+        self
+    }
+}
+
+/// Places as members can be written.
+fn names(site: &Site<'_>, places: &[Place]) -> Vec<String> {
+    let name = |place: &Place| site.key(place).map(|key| site.stores.display(&key)).ok();
+    places.iter().filter_map(name).collect()
 }

@@ -21,6 +21,7 @@ const RECORD: &str = ".json";
 const RESULT: &str = ".result";
 const CANCEL: &str = ".cancel";
 const LEASE: &str = ".lease";
+const TEMPORARY: &str = ".tmp";
 
 /// All jobs of a store, as they were found.
 #[derive(Clone, Debug, Default)]
@@ -190,7 +191,7 @@ impl JobShelf {
             let of_job = [RESULT, CANCEL, LEASE].iter().find_map(|end| name.strip_suffix(end));
             let goes = match of_job.filter(|id| JobId::parse(id).is_some()) {
                 Some(id) => !ids.contains(id),
-                None => name.ends_with(".tmp") && self.is_old(&path, now_ns),
+                None => name.strip_suffix(TEMPORARY).is_some() && self.is_old(&path, now_ns),
             };
             if goes {
                 self.remove_file(&path)?;

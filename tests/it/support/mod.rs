@@ -24,6 +24,7 @@ pub mod open;
 pub mod proxy;
 pub mod qemu;
 pub mod reader;
+pub mod service;
 pub mod sim;
 pub mod store;
 pub mod volume;
