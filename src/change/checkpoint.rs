@@ -171,12 +171,18 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
         let fail = |source| ChangeError::Checkpoint { path: path.to_string(), source };
         // One that names another parent by now is somebody else's business.
         let named = Checkpoint::parse(&bytes).map_err(fail)?.parent;
-        if named == edit.parent || named != edit.before {
+        if named != edit.parent && named != edit.before {
             return Ok(false);
         }
         // A later operation was about this file: what it says is that one's business, however it looks.
         if decided.is_overtaken(&edit.at)? {
             return Ok(false);
+        }
+        if named == edit.parent {
+            if !bring_back_unseen(at, decided, edit, index, (&bytes, &mark))? {
+                return Ok(false);
+            }
+            continue;
         }
         if keep(at, path, &edit.kept, &mark)? == Kept::Another {
             // From an earlier attempt, which the file outlived.
@@ -200,6 +206,52 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
         }
     }
     Err(ChangeError::ChangedMeanwhile { member: at.name.clone() })
+}
+
+/// Gives a file its name back that an earlier run took from it and died before it looked: somebody had written into it, or
+/// put it there, at that very moment. The edit is made on that, then. Gives whether there was one.
+fn bring_back_unseen(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    edit: &CheckpointEdit,
+    index: usize,
+    (now, now_mark): (&[u8], &Mark),
+) -> Result<bool> {
+    let read = |name: &StorePath| match at.backend.open(name) {
+        Ok(file) => content(at, file.as_ref()).map(Some),
+        Err(BackendError::NotFound { .. }) => Ok(None),
+        Err(source) => Err(at.failed("read")(source)),
+    };
+    let Some((kept, kept_mark)) = read(&edit.kept)? else { return Ok(false) };
+    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
+    let temporaries =
+        (0..TRIES).map(|attempt| yard.temporary(decided.id(), &format!("checkpoint-{index}-{attempt}")));
+    let is = |bytes: &[u8], parent: Option<&str>, other: &[u8]| {
+        set_parent(bytes, parent).is_ok_and(|edited| edited == other)
+    };
+    if is(&kept, edit.parent.as_deref(), now) || is(now, edit.before.as_deref(), &kept) {
+        // What has the name is our edit of what is kept. Another file may have been exchanged for it.
+        for temporary in temporaries {
+            if let Some((found, _)) = read(&temporary)?
+                && found != kept
+                && Checkpoint::parse(&found).is_ok_and(|found| found.parent == edit.before)
+            {
+                take_name(at.backend, &temporary, &edit.at.path).map_err(at.failed("take back"))?;
+                return Ok(true);
+            }
+        }
+        return Ok(false);
+    }
+    // One of both was written into since: what has the name by its owner, or what is kept, too late.
+    let Some(temporary) =
+        temporaries.into_iter().next().filter(|_| kept_mark.modified_ns > now_mark.modified_ns)
+    else {
+        return Ok(false);
+    };
+    release(at, &temporary)?;
+    link(at.backend, &edit.kept, &temporary).map_err(at.failed("take back"))?;
+    take_name(at.backend, &temporary, &edit.at.path).map_err(at.failed("take back"))?;
+    Ok(true)
 }
 
 /// The file that an earlier edit replaced, if the present one is just what that edit made of it: then it comes

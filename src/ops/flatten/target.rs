@@ -11,7 +11,7 @@ use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::ops::{OpError, Result};
 use crate::qcow2::layout::canonical::Form;
-use crate::store::scan::{Scan};
+use crate::store::scan::Scan;
 use crate::store::stream::Source;
 use crate::store::{StoreError, Stores};
 
