@@ -157,7 +157,7 @@ pub fn follow_all(site: &Site<'_>, decided: &Decided<'_>, published: &[Published
 /// hands, and edited again if it changed. Gives whether anything was done.
 fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usize) -> Result<bool> {
     let path = &edit.at.path;
-    for attempt in 0..TRIES {
+    for _ in 0..TRIES {
         // An instance that was stopped for long may come too late: what was undone stays undone.
         if decided.is_undone()? {
             return Ok(false);
@@ -194,10 +194,9 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
         let from = if let Some(original) = original(at, edit, &bytes)? {
             original
         } else {
-            let yard = Yard::of(at.backend, path).map_err(at.failed("make room beside"))?;
-            let temporary = yard.temporary(decided.id(), &format!("checkpoint-{index}-{attempt}"));
-            release(at, &temporary)?;
             let new = set_parent(&bytes, edit.parent.as_deref()).map_err(fail)?;
+            let temporary = temporary(at, decided, edit, index, &new)?;
+            release(at, &temporary)?;
             write(at, &temporary, &new, old.as_ref())?;
             temporary
         };
@@ -217,55 +216,74 @@ fn bring_back_unseen(
     index: usize,
     (now, now_mark): (&[u8], &Mark),
 ) -> Result<bool> {
-    let read = |name: &StorePath| match at.backend.open(name) {
+    let take_back = |from: &StorePath| {
+        take_name(at.backend, from, &edit.at.path).map_err(at.failed("take back")).map(|()| true)
+    };
+    let is = |bytes: &[u8], parent: &Option<String>, other: &[u8]| {
+        set_parent(bytes, parent.as_deref()).is_ok_and(|edited| edited == other)
+    };
+    // Nothing is lost of what the present file is just an edit of.
+    let differs = |found: &[u8]| !is(found, &edit.parent, now) && !is(now, &edit.before, found);
+    let unedited = |found: &[u8]| Checkpoint::parse(found).is_ok_and(|found| found.parent == edit.before);
+    let exchanged = temporary(at, decided, edit, index, now)?;
+    if let Some((found, _)) = read(at, &exchanged)?
+        && unedited(&found)
+    {
+        return if differs(&found) { take_back(&exchanged) } else { Ok(false) };
+    }
+    // Without such a name to tell, the one that was written last: by its owner, or too late.
+    let later = |mark: &Mark| mark.modified_ns > now_mark.modified_ns;
+    if let Some(original) = &edit.original
+        && let Some((found, mark)) = read(at, original)?
+        && unedited(&found)
+        && differs(&found)
+        && later(&mark)
+    {
+        return take_back(original);
+    }
+    match read(at, &edit.kept)? {
+        Some((kept, mark)) if differs(&kept) && later(&mark) => {
+            let temporary = temporary(at, decided, edit, index, &kept)?;
+            release(at, &temporary)?;
+            link(at.backend, &edit.kept, &temporary).map_err(at.failed("take back"))?;
+            take_back(&temporary)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// A file's bytes, if it is there.
+fn read(at: &At<'_>, name: &StorePath) -> Result<Option<(Vec<u8>, Mark)>> {
+    match at.backend.open(name) {
         Ok(file) => content(at, file.as_ref()).map(Some),
         Err(BackendError::NotFound { .. }) => Ok(None),
         Err(source) => Err(at.failed("read")(source)),
-    };
-    let Some((kept, kept_mark)) = read(&edit.kept)? else { return Ok(false) };
-    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
-    let temporaries =
-        (0..TRIES).map(|attempt| yard.temporary(decided.id(), &format!("checkpoint-{index}-{attempt}")));
-    let is = |bytes: &[u8], parent: Option<&str>, other: &[u8]| {
-        set_parent(bytes, parent).is_ok_and(|edited| edited == other)
-    };
-    if is(&kept, edit.parent.as_deref(), now) || is(now, edit.before.as_deref(), &kept) {
-        // What has the name is our edit of what is kept. Another file may have been exchanged for it.
-        for temporary in temporaries {
-            if let Some((found, _)) = read(&temporary)?
-                && found != kept
-                && Checkpoint::parse(&found).is_ok_and(|found| found.parent == edit.before)
-            {
-                take_name(at.backend, &temporary, &edit.at.path).map_err(at.failed("take back"))?;
-                return Ok(true);
-            }
-        }
-        return Ok(false);
     }
-    // One of both was written into since: what has the name by its owner, or what is kept, too late.
-    let Some(temporary) =
-        temporaries.into_iter().next().filter(|_| kept_mark.modified_ns > now_mark.modified_ns)
-    else {
-        return Ok(false);
-    };
-    release(at, &temporary)?;
-    link(at.backend, &edit.kept, &temporary).map_err(at.failed("take back"))?;
-    take_name(at.backend, &temporary, &edit.at.path).map_err(at.failed("take back"))?;
-    Ok(true)
+}
+
+/// Where an edited file is written. The name tells its bytes: whoever finds another file there after a crash knows
+/// whether the edited one still has the other name.
+fn temporary(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    edit: &CheckpointEdit,
+    index: usize,
+    bytes: &[u8],
+) -> Result<StorePath> {
+    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
+    let hash = blake3::hash(bytes).to_hex();
+    let hash = hash.get(..16).unwrap_or_default();
+    Ok(yard.temporary(decided.id(), &format!("checkpoint-{index}-{hash}")))
 }
 
 /// The file that an earlier edit replaced, if the present one is just what that edit made of it: then it comes
 /// back as it was, to the last attribute.
 fn original(at: &At<'_>, edit: &CheckpointEdit, bytes: &[u8]) -> Result<Option<StorePath>> {
     let Some(kept) = &edit.original else { return Ok(None) };
-    let file = match at.backend.open(kept) {
-        Ok(file) => file,
-        Err(BackendError::NotFound { .. }) => return Ok(None),
-        Err(source) => return Err(at.failed("read the old file of")(source)),
-    };
-    let (old, _) = content(at, file.as_ref())?;
+    let Some((old, _)) = read(at, kept)? else { return Ok(None) };
+    let names = Checkpoint::parse(&old).is_ok_and(|old| old.parent == edit.parent);
     let same = set_parent(&old, edit.before.as_deref()).is_ok_and(|edited| edited == bytes);
-    Ok(same.then(|| kept.clone()))
+    Ok((names && same).then(|| kept.clone()))
 }
 
 /// Gives `path` the file at `from`; false if what had the name was no longer what was read, or the operation

@@ -2,7 +2,8 @@
 //! at every one of its calls; and a power cut at every call of the recovery from a crash at every call. What each member shows
 //! is looked at after every call that changes a name, right after the power cut too, before anything is recovered.
 //!
-//! The gate plays a part of it, another one for each kind of store; `QCHAIN_FULL` all. `QCHAIN_FIRST` ends at the first failure.
+//! The gate plays a part of it, another one for each kind of store; `QCHAIN_FULL` all. `QCHAIN_FIRST` ends at the first failure,
+//! `QCHAIN_CASE=n` plays one case.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -70,7 +71,10 @@ fn whatever_happens_at_any_call_ends_well() {
     let cases = Case::all();
     let threads = Threads::new();
     let mut all = Vec::new();
-    for (number, case) in cases.iter().enumerate() {
+    let only: Option<usize> = std::env::var("QCHAIN_CASE").ok().map(|case| case.parse().unwrap());
+    for (number, case) in
+        cases.iter().enumerate().filter(|(number, _)| only.is_none_or(|only| only == *number))
+    {
         let clean = case.play(&threads, 0, &BTreeMap::new(), true);
         assert_eq!(clean.failure, None, "{case:?}\n{}", clean.story);
         let (calls, end) = (clean.calls[0], *clean.calls.last().unwrap());
