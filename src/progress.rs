@@ -33,6 +33,8 @@ pub struct Pace(Arc<Limit>);
 struct Limit {
     /// 0: no limit.
     bytes_per_second: AtomicU64,
+    /// One that holds as well.
+    above: Option<Pace>,
     /// When all that was spent so far will have been paid for.
     paid: Mutex<Option<Instant>>,
 }
@@ -44,7 +46,18 @@ impl Pace {
     /// A limit; 0 for none.
     #[must_use]
     pub fn new(bytes_per_second: u64) -> Self {
-        Self(Arc::new(Limit { bytes_per_second: AtomicU64::new(bytes_per_second), paid: Mutex::new(None) }))
+        Self::limited(bytes_per_second, None)
+    }
+
+    /// A limit of its own for a part of those who work under this one, which holds for them, too; 0 for none.
+    #[must_use]
+    pub fn within(&self, bytes_per_second: u64) -> Self {
+        Self::limited(bytes_per_second, Some(self.clone()))
+    }
+
+    fn limited(bytes_per_second: u64, above: Option<Self>) -> Self {
+        let bytes_per_second = AtomicU64::new(bytes_per_second);
+        Self(Arc::new(Limit { bytes_per_second, above, paid: Mutex::new(None) }))
     }
 
     /// Changes the limit for what is spent from now on.
@@ -71,6 +84,9 @@ impl Pace {
     /// Waits until `bytes` more may be moved: as long as what was spent before takes at the limit. A stop
     /// ends the wait.
     pub fn spend(&self, bytes: u64, cancel: &Cancel) {
+        if let Some(above) = &self.0.above {
+            above.spend(bytes, cancel);
+        }
         let rate = self.0.bytes_per_second.load(Ordering::Relaxed);
         if rate == 0 || bytes == 0 {
             return;

@@ -84,6 +84,10 @@ package_of() {
         ganesha.nfsd) echo nfs-ganesha nfs-ganesha-vfs ;;
         rpcbind) echo rpcbind ;;
         nfs-cp) echo libnfs-utils ;;
+        curl) echo curl ;;
+        aria2c) echo aria2 ;;
+        # Without the modules that the usual one comes with.
+        nginx) echo nginx-light ;;
         file) echo file ;;
         readelf | strip) echo binutils ;;
         *) die "no package is known for $1" ;;

@@ -1,5 +1,6 @@
 # Sourced after common.sh, never run. Gives:
 #   need_libvirt    libvirtd with its QEMU driver, virsh, and qemu-system-x86_64
+#   need_qemu_http  the module by which QEMU reads http:// URLs
 #
 # All of QEMU's packages must come from one suite: the stable one's qemu-system-x86 cannot be installed beside a newer qemu-utils,
 # say from backports, and apt would remove that. So where the plain installation would remove something, QEMU and libvirt are taken
@@ -26,6 +27,22 @@ need_libvirt() {
     for command in "${LIBVIRT_COMMANDS[@]}"; do
         command -v "$command" >/dev/null || die "$command is still missing; install it by hand"
     done
+}
+
+need_qemu_http() {
+    # What has no module of its own has it built in, or says that it does not know the protocol.
+    quietly_knows_http && return 0
+    if can_install_plainly qemu-block-extra; then
+        install_packages qemu-block-extra
+    else
+        install_from_backports qemu-block-extra
+    fi
+    quietly_knows_http || die "QEMU still reads no http:// URL; install its curl block driver by hand"
+}
+
+quietly_knows_http() {
+    # Nobody listens there: only another error than that says that it was tried.
+    ! qemu-img info http://127.0.0.1:1/ 2>&1 | grep --quiet --ignore-case 'unknown protocol\|unknown driver\|failed to load'
 }
 
 # Whether nothing has to go for it.

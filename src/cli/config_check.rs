@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::context::Context;
 use super::error::{Exit, Result};
 use super::output::human;
-use super::settings::{Policy, Settings};
+use super::settings::{Policy, Reclaim, Settings};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -60,6 +60,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         let text = toml::to_string(&context.settings).map_err(io::Error::other)?;
         out.write_all(text.as_bytes())?;
         write_policy(out, &context.settings.policy)?;
+        write_schedule(out, &context.settings)?;
         for store in &understood.stores {
             writeln!(out, "# store {} at {}; backing names may begin with:", store.id, store.path)?;
             for prefix in &store.prefixes {
@@ -73,7 +74,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
 
 /// What the policy means, in words.
 fn write_policy(out: &mut dyn Write, policy: &Policy) -> io::Result<()> {
-    let Policy { max_length, max_base_age, max_pinned_bytes } = policy;
+    let Policy { max_length, max_base_age, max_pinned_bytes, reclaim: _ } = policy;
     let mut warns = Vec::new();
     if *max_length > 0 {
         warns.push(format!("chains of more than {max_length} members (chain-too-long)"));
@@ -94,4 +95,38 @@ fn write_policy(out: &mut dyn Write, policy: &Policy) -> io::Result<()> {
     }
     writeln!(out, "# policy: qchain audit warns of")?;
     warns.iter().try_for_each(|warning| writeln!(out, "#   {warning}"))
+}
+
+/// What the service begins by itself, in words.
+fn write_schedule(out: &mut dyn Write, settings: &Settings) -> io::Result<()> {
+    let schedule = &settings.schedule;
+    let span = |span: super::settings::Span| humantime::format_duration(span.0).to_string();
+    let mut does = Vec::new();
+    if !schedule.verify_within.0.is_zero() {
+        let rate = match schedule.verify_rate.0 {
+            0 => String::new(),
+            rate => format!(", at most {} a second", human(rate)),
+        };
+        does.push(format!(
+            "reads every byte of adopted members within {}{rate}",
+            span(schedule.verify_within)
+        ));
+    }
+    if !schedule.purge_every.0.is_zero() {
+        does.push(format!("ends what is due every {}", span(schedule.purge_every)));
+    }
+    let every = span(schedule.reclaim_every);
+    match (settings.policy.reclaim, schedule.window.0) {
+        (Reclaim::Off, _) => {}
+        (Reclaim::Report, _) => does.push(format!("tells every {every} what could be reclaimed")),
+        (Reclaim::Auto, None) => does.push(format!("reclaims every {every}, at any time of the day")),
+        (Reclaim::Auto, Some(window)) => {
+            does.push(format!("reclaims every {every}, beginning merges from {window} UTC"));
+        }
+    }
+    if does.is_empty() {
+        return writeln!(out, "# schedule: none; qchain serve begins nothing by itself");
+    }
+    writeln!(out, "# schedule: qchain serve")?;
+    does.iter().try_for_each(|line| writeln!(out, "#   {line}"))
 }

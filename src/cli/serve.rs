@@ -4,11 +4,16 @@ use std::path::PathBuf;
 
 use super::context::Context;
 use super::error::{CliError, Exit, Result};
-use crate::service::config::{Config, TlsFiles};
+use super::settings::{Reclaim, Settings};
+use crate::service::config::{Config, RowSource, TlsFiles};
 use crate::service::run as serve;
+use crate::service::schedule::Schedule;
 
 /// Where tokens are looked for when nobody says.
 const TOKENS: &str = "/etc/qchain/tokens";
+
+/// The variable that has the URL of CloudStack's database, for it has a password in it.
+const DATABASE: &str = "QCHAIN_DATABASE";
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -36,6 +41,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         (None, None) => None,
         _ => return Err(CliError::usage("server.certificate and server.key belong together".to_owned())),
     };
+    let rows = rows(settings)?;
     let tokens = args.tokens.clone().or_else(|| server.tokens.clone());
     serve(Config {
         stores: context.configs().to_vec(),
@@ -55,7 +61,34 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         in_place: context.in_place(),
         witness: context.witness(),
         policy: context.policy(),
+        schedule: schedule(settings),
+        rows,
         read_only: context.is_read_only(),
     })?;
     Ok(Exit::DONE)
+}
+
+/// CloudStack's rows; without any nothing can be reclaimed.
+fn rows(settings: &Settings) -> Result<Option<RowSource>> {
+    let file = settings.schedule.records.clone().map(RowSource::File);
+    let database = std::env::var(DATABASE).ok().filter(|url| !url.is_empty()).map(RowSource::Database);
+    match file.or(database) {
+        None if settings.policy.reclaim != Reclaim::Off => {
+            let message = format!("policy.reclaim needs CloudStack's rows: schedule.records, or {DATABASE}");
+            Err(CliError::usage(message))
+        }
+        found => Ok(found),
+    }
+}
+
+fn schedule(settings: &Settings) -> Schedule {
+    let schedule = &settings.schedule;
+    Schedule {
+        verify_within: schedule.verify_within.0,
+        verify_rate: schedule.verify_rate.0,
+        purge_every: schedule.purge_every.0,
+        reclaim: settings.policy.reclaim.into(),
+        reclaim_every: schedule.reclaim_every.0,
+        window: schedule.window.0,
+    }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::values;
+use crate::service::schedule::{self, Window};
 
 /// The whole configuration.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -20,6 +21,8 @@ pub struct Settings {
     pub limits: Limits,
     /// `[policy]`
     pub policy: Policy,
+    /// `[schedule]`
+    pub schedule: Schedule,
     /// `[server]`
     pub server: Server,
     /// `[zones.NAME]`
@@ -141,7 +144,6 @@ impl Default for Limits {
 /// `[policy]`: how chains should be; `audit` tells which are not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-#[expect(clippy::struct_field_names, reason = "they are the keys of the configuration")]
 pub struct Policy {
     /// The most members of a chain, its full base among them; 0 for no limit.
     pub max_length: usize,
@@ -149,15 +151,80 @@ pub struct Policy {
     pub max_base_age: Span,
     /// The most bytes that deleted members of a chain hold; 0 for no limit.
     pub max_pinned_bytes: Size,
+    /// What the service does with members that CloudStack has deleted.
+    pub reclaim: Reclaim,
+}
+
+/// What the service does with members that CloudStack has deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reclaim {
+    /// Nothing.
+    #[default]
+    Off,
+    /// It tells what could be merged.
+    Report,
+    /// It merges them.
+    Auto,
+}
+
+impl From<Reclaim> for schedule::Reclaim {
+    fn from(reclaim: Reclaim) -> Self {
+        match reclaim {
+            Reclaim::Off => Self::Off,
+            Reclaim::Report => Self::Report,
+            Reclaim::Auto => Self::Auto,
+        }
+    }
 }
 
 impl Default for Policy {
     /// CloudStack's own limit (`snapshot.delta.max`) is 16, often raised; QEMU's is some 900 members. Between the
     /// two: whoever raised the first is warned long before the second.
     fn default() -> Self {
-        Self { max_length: 64, max_base_age: Span(Duration::ZERO), max_pinned_bytes: Size(0) }
+        Self {
+            max_length: 64,
+            max_base_age: Span(Duration::ZERO),
+            max_pinned_bytes: Size(0),
+            reclaim: Reclaim::Off,
+        }
     }
 }
+
+/// `[schedule]`: what the service begins by itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// Within what time every byte of adopted members is read; 0 for never.
+    pub verify_within: Span,
+    /// With how many bytes a second at most; 0 for no limit beside `limits.rate`.
+    pub verify_rate: Rate,
+    /// How often what is due is ended: names after their grace, old files after their retention; 0 for never.
+    pub purge_every: Span,
+    /// How often CloudStack's rows are looked at for `policy.reclaim`.
+    pub reclaim_every: Span,
+    /// When `policy.reclaim` may begin merges, in UTC.
+    pub window: Hours,
+    /// The file with CloudStack's rows.
+    pub records: Option<PathBuf>,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            verify_within: Span(Duration::ZERO),
+            verify_rate: Rate(0),
+            purge_every: Span(Duration::ZERO),
+            reclaim_every: Span(Duration::from_hours(1)),
+            window: Hours(None),
+            records: None,
+        }
+    }
+}
+
+/// Hours of the day as text; empty for all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hours(pub Option<Window>);
 
 /// `[server]`
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -245,6 +312,21 @@ impl<'de> Deserialize<'de> for Grace {
     }
 }
 
+impl<'de> Deserialize<'de> for Hours {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from, |text| if text.is_empty() { Ok(None) } else { Window::parse(text).map(Some) }).map(Self)
+    }
+}
+
+impl Serialize for Hours {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Some(window) => to.collect_str(&window),
+            None => to.serialize_str(""),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Rate {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         text(from, values::rate).map(Self)
@@ -318,6 +400,10 @@ mod tests {
         max_length = 64
         max_base_age = "0"
         max_pinned_bytes = "0"
+        reclaim = "off"
+        [schedule]
+        verify_within = "0"
+        window = "01:00-05:00"
         [server]
         listen = "127.0.0.1:7420"
         tokens = "/etc/qchain/tokens"
@@ -349,6 +435,8 @@ mod tests {
             "[safety]\nsettle = 5",
             "[limits]\nrate = \"x\"",
             "[policy]\nmax_len = 3",
+            "[policy]\nreclaim = \"sometimes\"",
+            "[schedule]\nwindow = \"1-5\"",
         ] {
             assert!(Settings::parse(bad).is_err(), "{bad}");
         }

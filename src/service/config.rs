@@ -1,8 +1,10 @@
 //! What the service is told when it is started. Values only: who reads files and flags is `cli`.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::schedule::Schedule;
 use crate::change::witness::Witness;
 use crate::ops::delete::InPlacePolicy;
 use crate::ops::policy::Policy;
@@ -15,6 +17,24 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// Its private key.
     pub key: PathBuf,
+}
+
+/// Where CloudStack's rows come from.
+#[derive(Clone)]
+pub enum RowSource {
+    /// An export of them; a newer one under its name is seen.
+    File(PathBuf),
+    /// The URL of the database, which has a password in it.
+    Database(String),
+}
+
+impl fmt::Debug for RowSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => f.debug_tuple("File").field(file).finish(),
+            Self::Database(_) => f.write_str("Database"),
+        }
+    }
 }
 
 /// The service's configuration.
@@ -54,6 +74,10 @@ pub struct Config {
     pub witness: Witness,
     /// How chains should be.
     pub policy: Policy,
+    /// What is begun without being asked for.
+    pub schedule: Schedule,
+    /// CloudStack's rows, for `reclaim`.
+    pub rows: Option<RowSource>,
     /// Nothing may be written to any store: jobs that change something are refused.
     pub read_only: bool,
 }

@@ -67,6 +67,8 @@ pub struct Metrics {
     refused_connections: Counter,
     queue_age: Gauge,
     rate: Gauge,
+    downloads: Gauge,
+    downloaded: Counter,
     store_up: Family<OfStore, Gauge>,
     trash: Family<OfStore, Gauge>,
     open_operations: Family<OfStore, Gauge>,
@@ -93,6 +95,8 @@ impl Metrics {
             refused_connections: Counter::default(),
             queue_age: Gauge::default(),
             rate: Gauge::default(),
+            downloads: Gauge::default(),
+            downloaded: Counter::default(),
             store_up: Family::default(),
             trash: Family::default(),
             open_operations: Family::default(),
@@ -121,6 +125,9 @@ impl Metrics {
         all.register_with_unit("queue_age", help, Unit::Seconds, self.queue_age.clone());
         let help = "The limit on bytes a second of all jobs; 0 for none";
         all.register("rate_limit_bytes_per_second", help, self.rate.clone());
+        all.register("downloads", "Downloads that are being sent", self.downloads.clone());
+        let help = "Bytes of images that were given to clients";
+        all.register_with_unit("downloaded", help, Unit::Bytes, self.downloaded.clone());
         let help = "Whether the store is mounted and answers";
         all.register("store_up", help, self.store_up.clone());
         let help = "Old files that are kept for an undo, by their allocation";
@@ -163,6 +170,18 @@ impl Metrics {
         let label = OfRequest { route: route.to_owned(), method: method.to_owned(), status };
         self.requests.get_or_create(&label).inc();
         self.request_seconds.observe(took.as_secs_f64());
+    }
+
+    pub fn download_began(&self) {
+        self.downloads.inc();
+    }
+
+    pub fn download_ended(&self) {
+        self.downloads.dec();
+    }
+
+    pub fn downloaded(&self, bytes: u64) {
+        self.downloaded.inc_by(bytes);
     }
 
     pub fn connection_opened(&self) {

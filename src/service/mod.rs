@@ -7,11 +7,13 @@
 //! | `routes` | one file a group of routes: requests in, documents out; no rule about images |
 //! | `extract` | what handlers take: who asks (`auth`), bodies, queries; each refusal a [`problem`] |
 //! | `jobs` | the queue, the workers, what each kind of job does |
+//! | `downloads` | images at signed URLs, by any range, with no file in between |
+//! | [`schedule`] | the jobs that the service makes by itself |
 //! | `view` | stores opened, scanned, resolved, off the asynchronous threads |
 //! | `health` `metrics` `openapi` | what watchers and clients read |
 //!
 //! Does not own: what a verb does (`ops`), or what a record looks like (`store::jobs`). The service keeps nothing of its
-//! own but caches: jobs are records on the stores, so that any instance continues them.
+//! own but caches: jobs and the key of signed URLs are records on the stores, so that any instance continues them.
 //!
 //! tokio lives here. Verbs run on threads of their own, never on its threads; a request that reads a store does so on
 //! the blocking pool, so many at once and no more.
@@ -21,6 +23,7 @@
 
 pub mod auth;
 pub mod config;
+mod downloads;
 mod error;
 mod extract;
 mod health;
@@ -29,6 +32,7 @@ mod metrics;
 mod openapi;
 pub mod problem;
 mod routes;
+pub mod schedule;
 mod server;
 mod state;
 mod view;

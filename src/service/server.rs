@@ -23,6 +23,7 @@ use super::config::{Config, TlsFiles};
 use super::error::ServiceError;
 use super::jobs;
 use super::routes::router;
+use super::schedule;
 use super::state::{Service, Shared};
 
 /// How long a client may take for the head of a request, the first and every later one, and for the TLS handshake.
@@ -32,6 +33,8 @@ const MAX_HEAD: usize = 32 << 10;
 const MAX_HEADERS: usize = 64;
 /// How long running requests and jobs get when the service ends. systemd's own limit is longer.
 const DRAIN: Duration = Duration::from_secs(25);
+/// How often images are closed that nobody asks for.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// How long to wait after an accept that failed: mostly there are no file descriptors just then.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -64,10 +67,14 @@ async fn serve(service: Shared) -> Result<(), ServiceError> {
         [signal(SignalKind::terminate()).map_err(start)?, signal(SignalKind::interrupt()).map_err(start)?];
     let hangup = signal(SignalKind::hangup()).map_err(start)?;
     let workers = jobs::start(&service).map_err(start)?;
+    let scheduled = service.clone();
+    let schedule = std::thread::Builder::new().name("schedule".to_owned());
+    schedule.spawn(move || schedule::run(&scheduled)).map_err(start)?;
     let (stop, stopped) = watch::channel(false);
     let app = router(&service);
     let tls = tls.map(Arc::new);
     tokio::spawn(reload(service.clone(), tls.clone(), hangup));
+    tokio::spawn(sweep(service.clone()));
     let scheme = if tls.is_some() { "https" } else { "http" };
     announce(scheme, listener.local_addr().map_err(start)?);
     let connections = Arc::new(Semaphore::new(service.config.connections));
@@ -121,6 +128,16 @@ async fn reload(service: Shared, tls: Option<Arc<Tls>>, mut hangup: Signal) {
                 Err(error) => tracing::error!("the old certificate stays: {error}"),
             }
         }
+    }
+}
+
+/// Closes images that nobody asks for any more.
+async fn sweep(service: Shared) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        let service = service.clone();
+        // One that fails is made up for by the next.
+        let _ = tokio::task::spawn_blocking(move || service.downloads.images.sweep()).await;
     }
 }
 

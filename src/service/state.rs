@@ -8,6 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::auth::Tokens;
 use super::config::Config;
+use super::downloads::Downloads;
 use super::error::ServiceError;
 use super::health::Health;
 use super::jobs::Jobs;
@@ -27,6 +28,7 @@ pub struct Service {
     /// The limit on bytes a second of all jobs.
     pub pace: Pace,
     pub jobs: Jobs,
+    pub downloads: Downloads,
     pub metrics: Metrics,
     pub health: Health,
     draining: AtomicBool,
@@ -44,6 +46,7 @@ impl Service {
             tokens: RwLock::new(Arc::new(tokens)),
             pace,
             jobs: Jobs::default(),
+            downloads: Downloads::new(),
             metrics: Metrics::new(),
             health: Health::default(),
             draining: AtomicBool::new(false),

@@ -28,13 +28,7 @@ impl Caches {
     /// Reads what there is.
     #[must_use]
     pub fn load(stores: &Stores, configured: Option<&Path>) -> Self {
-        let directory = usual(configured).and_then(|directory| match open(&directory) {
-            Ok(store) => Some(store),
-            Err(error) => {
-                tracing::debug!("no cache in {}: {error}", directory.display());
-                None
-            }
-        });
+        let directory = directory(configured);
         let files: Vec<_> = stores.iter().map(|(_, store)| file_of(&store.config().root)).collect();
         let read = |file: &Option<StorePath>| -> Option<Cache> {
             let bytes = read_whole(directory.as_ref()?, file.as_ref()?, MAX_CACHE_BYTES).ok()?;
@@ -57,7 +51,18 @@ impl Caches {
     }
 }
 
-/// The directory: as configured, else where the user's caches are.
+/// The directory of caches, made if it is not there; `None` if it cannot be used.
+pub(super) fn directory(configured: Option<&Path>) -> Option<Arc<dyn Backend>> {
+    usual(configured).and_then(|directory| match open(&directory) {
+        Ok(store) => Some(store),
+        Err(error) => {
+            tracing::debug!("no cache in {}: {error}", directory.display());
+            None
+        }
+    })
+}
+
+/// Where it is: as configured, else where the user's caches are.
 fn usual(configured: Option<&Path>) -> Option<PathBuf> {
     let of = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     configured

@@ -35,6 +35,7 @@ pub mod rows;
 pub mod scan;
 pub mod standalone;
 pub mod stream;
+pub mod url_key;
 
 pub use error::{Result, StoreError};
 pub use open::{Store, StoreConfig, Stores};

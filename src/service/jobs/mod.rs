@@ -11,6 +11,6 @@ pub mod request;
 pub mod watch;
 mod worker;
 
-pub use kinds::{DeleteDocument, FLATTENED_SUFFIX, Outcome, plan};
+pub use kinds::{DeleteDocument, FLATTENED_SUFFIX, Outcome, ReclaimDocument, plan};
 pub use queue::{Entry, Jobs, New};
 pub use worker::start;

@@ -21,8 +21,10 @@ pub enum JobRequest {
     Flatten(FlattenRequest),
     /// Hold files against headers, checkpoint files and the policy.
     Audit(AuditRequest),
-    /// Finish or take back what was interrupted.
+    /// Finish or take back what was interrupted, and end what is due.
     Recover(RecoverRequest),
+    /// Merge what CloudStack has deleted; stubs keep the names for it, its rows stay as they are.
+    Reclaim(ReclaimRequest),
 }
 
 /// `delete`, with the flags of the command line.
@@ -102,6 +104,12 @@ pub struct VerifyRequest {
     /// At level data: stop reading after this time; what was left alone for longest comes first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_seconds: Option<u32>,
+    /// At level data: leave out what was read, all of it, since so long; and members that are not adopted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub older_than_seconds: Option<u32>,
+    /// Read so many bytes a second at most, beside the limit of all jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_bytes_per_second: Option<u64>,
 }
 
 /// How far to look.
@@ -205,7 +213,7 @@ pub enum Destination {
 }
 
 /// The format of an image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// Version 3.
@@ -213,6 +221,17 @@ pub enum Format {
     Qcow2,
     /// The bytes of the disk.
     Raw,
+}
+
+impl Format {
+    /// The word in requests.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
 }
 
 /// How clusters are compressed.
@@ -246,9 +265,24 @@ pub struct RecoverRequest {
     pub thaw: Option<String>,
 }
 
+/// `reclaim`. Rows are those of the configuration: `[schedule] records`, or the variable `QCHAIN_DATABASE`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReclaimRequest {
+    /// Tell what would be merged, and merge nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Do not wait until files without checkpoint have settled.
+    #[serde(default)]
+    pub now: bool,
+    /// Begin no merge after this time; what was begun is finished.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_seconds: Option<u32>,
+}
+
 impl JobRequest {
     /// The words of all kinds.
-    pub const KINDS: [&str; 6] = ["delete", "verify", "adopt", "flatten", "audit", "recover"];
+    pub const KINDS: [&str; 7] = ["delete", "verify", "adopt", "flatten", "audit", "recover", "reclaim"];
 
     /// Its kind, as the tag has it.
     #[must_use]
@@ -260,6 +294,7 @@ impl JobRequest {
             Self::Flatten(_) => "flatten",
             Self::Audit(_) => "audit",
             Self::Recover(_) => "recover",
+            Self::Reclaim(_) => "reclaim",
         }
     }
 
@@ -271,7 +306,7 @@ impl JobRequest {
             Self::Verify(request) => &request.members,
             Self::Adopt(request) => &request.members,
             Self::Flatten(request) => std::slice::from_ref(&request.member),
-            Self::Audit(_) | Self::Recover(_) => &[],
+            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) => &[],
         }
     }
 
@@ -287,7 +322,7 @@ impl JobRequest {
                     request.member = member;
                 }
             }
-            Self::Audit(_) | Self::Recover(_) => {}
+            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) => {}
         }
     }
 
@@ -297,6 +332,7 @@ impl JobRequest {
         match self {
             Self::Delete(_) | Self::Adopt(_) | Self::Recover(_) => true,
             Self::Flatten(request) => !matches!(request.to, Destination::Export(_)),
+            Self::Reclaim(request) => !request.dry_run,
             Self::Verify(_) | Self::Audit(_) => false,
         }
     }
@@ -308,7 +344,7 @@ pub fn rank(kind: &str) -> u8 {
     match kind {
         "flatten" => 0,
         "delete" | "recover" => 1,
-        "audit" | "adopt" => 2,
+        "audit" | "adopt" | "reclaim" => 2,
         _ => 3,
     }
 }
@@ -316,7 +352,7 @@ pub fn rank(kind: &str) -> u8 {
 /// Whether two jobs of those kinds may not run at once on one chain.
 #[must_use]
 pub fn excludes(one: &str, other: &str) -> bool {
-    let changes = |kind: &str| matches!(kind, "delete" | "adopt");
+    let changes = |kind: &str| matches!(kind, "delete" | "adopt" | "reclaim");
     changes(one) || changes(other)
 }
 

@@ -24,7 +24,7 @@ use crate::ops::verify::VerifyReport;
 use crate::service::extract::{Asked, Body, Named, Operator, Reader};
 use crate::service::jobs::request::JobRequest;
 use crate::service::jobs::watch::Pulse;
-use crate::service::jobs::{DeleteDocument, Entry, New};
+use crate::service::jobs::{DeleteDocument, Entry, New, ReclaimDocument};
 use crate::service::problem::Problem;
 use crate::service::state::{Service, Shared};
 use crate::store::connect::connect;
@@ -89,6 +89,8 @@ pub enum JobResult {
     Audit(AuditReport),
     /// Of `recover`.
     Recover(RecoverReport),
+    /// Of `reclaim`.
+    Reclaim(ReclaimDocument),
 }
 
 /// Jobs.

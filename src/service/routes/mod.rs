@@ -2,6 +2,7 @@
 
 pub mod chains;
 mod cloudstack;
+mod downloads;
 pub mod jobs;
 mod service;
 
@@ -47,6 +48,8 @@ fn documented() -> OpenApiRouter<Shared> {
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::events))
         .routes(routes!(cloudstack::command))
+        .routes(routes!(downloads::create))
+        .routes(routes!(downloads::image))
 }
 
 /// What is said of all routes.
@@ -59,7 +62,7 @@ pub fn router(service: &Shared) -> Router {
     let (router, _) = documented().split_for_parts();
     router
         // A member's path has slashes, which OpenAPI cannot say of a parameter.
-        .route("/v1/members/{*member}", axum::routing::get(chains::member))
+        .route("/v1/members/{*member}", axum::routing::get(chains::member).post(downloads::of_member))
         .fallback(nothing)
         .method_not_allowed_fallback(other_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -91,7 +94,7 @@ async fn around(State(service): State<Shared>, request: Request, next: Next) -> 
     let id = request_id(request.headers());
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
-    // The path and nothing behind the question mark, where a secret may stand one day.
+    // The path and nothing behind the question mark, where the signature of a download stands.
     let path = request.uri().path().to_owned();
     let span = tracing::info_span!("request", %id, %method, %path);
     let started = Instant::now();

@@ -1,8 +1,10 @@
 //! `verify`, `adopt`, `audit`, `recover`: verbs that can be run again and again.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::{Outcome, Work, texts};
+use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
 use crate::change::sweep;
 use crate::ops::adopt::{self, adopt as adopt_members};
@@ -16,6 +18,7 @@ use crate::store::StoreError;
 use crate::store::caches::Caches;
 use crate::store::jobs::JobError;
 use crate::store::names::resolve_all;
+use crate::store::scan::Scan;
 
 /// How long a file must have been left alone to count as left behind, if nobody says.
 const MIN_AGE: Duration = Duration::from_hours(8);
@@ -28,8 +31,9 @@ pub fn verify(work: &Work<'_>, request: &VerifyRequest) -> Result<Outcome> {
     let Work { config, stores, .. } = *work;
     let level = Level::from(request.level);
     let usage = |detail: &str| StoreError::Usage { detail: detail.to_owned() };
-    if level != Level::Data && (request.fraction.is_some() || request.max_seconds.is_some()) {
-        return Err(usage("fraction and max_seconds are for level data").into());
+    let of_data = request.fraction.is_some() || request.max_seconds.or(request.older_than_seconds).is_some();
+    if level != Level::Data && of_data {
+        return Err(usage("fraction, max_seconds and older_than_seconds are for level data").into());
     }
     if request.fraction.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
         return Err(usage("fraction is not above 0 and at most 1").into());
@@ -38,9 +42,13 @@ pub fn verify(work: &Work<'_>, request: &VerifyRequest) -> Result<Outcome> {
     let scan = scan(config, stores, &caches.loaded, false)?;
     caches.save();
     let names = texts(stores, &request.members)?;
-    let members =
+    let mut members: Vec<NodeId> =
         if names.is_empty() { scan.graph.ids().collect() } else { resolve_all(stores, &scan, &names)? };
     let now = now_ns();
+    if let Some(seconds) = request.older_than_seconds {
+        members = unread(work, &scan, &members, seconds.into(), now)?;
+    }
+    let pace = work.site.pace.within(request.rate_bytes_per_second.unwrap_or(0));
     let options = Options {
         level,
         fraction: request.fraction,
@@ -51,9 +59,24 @@ pub fn verify(work: &Work<'_>, request: &VerifyRequest) -> Result<Outcome> {
         now_ns: now,
     };
     let report: verify::VerifyReport =
-        verify_members(stores, &scan, &members, &options, work.meter, work.cancel, &work.site.pace)?;
+        verify_members(stores, &scan, &members, &options, work.meter, work.cancel, &pace)?;
     let read_bytes = report.checked.iter().map(|checked| checked.bytes_read).sum();
     Ok(Outcome { read_bytes, ..Outcome::of(&report, None) })
+}
+
+/// Those of the members whose bytes were not all read since so many seconds.
+fn unread(
+    work: &Work<'_>,
+    scan: &Scan,
+    members: &[NodeId],
+    seconds: u64,
+    now_ns: i64,
+) -> Result<Vec<NodeId>> {
+    let debts = verify::debt(work.stores, scan, members, now_ns)?;
+    let due = |debt: &&verify::Debt| debt.adopted && debt.age_seconds.is_none_or(|age| age >= seconds);
+    let names: BTreeSet<&str> = debts.iter().filter(due).map(|debt| debt.member.as_str()).collect();
+    let name = |id: NodeId| work.stores.display(&scan.graph.node(id).key);
+    Ok(members.iter().copied().filter(|id| names.contains(name(*id).as_str())).collect())
 }
 
 pub fn adopt(work: &Work<'_>, request: &AdoptRequest) -> Result<Outcome> {

@@ -3,6 +3,7 @@
 mod delete;
 mod flatten;
 mod look;
+mod reclaim;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -21,6 +22,7 @@ use crate::store::jobs::{JobError, JobRecord};
 
 pub use delete::{DeleteDocument, plan};
 pub use flatten::FLATTENED_SUFFIX;
+pub use reclaim::ReclaimDocument;
 
 /// What a job works with.
 pub struct Work<'a> {
@@ -73,6 +75,7 @@ pub fn run(work: &Work<'_>, request: &JobRequest) -> Result<Outcome> {
         JobRequest::Adopt(request) => look::adopt(work, request),
         JobRequest::Audit(request) => look::audit(work, request),
         JobRequest::Recover(request) => look::recover(work, request),
+        JobRequest::Reclaim(request) => reclaim::run(work, request),
     }
 }
 

@@ -1,0 +1,128 @@
+//! The bytes of a download: a slice is read while the one before it is sent.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use tokio::sync::mpsc::{Sender, channel};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::opened::Opened;
+use crate::failure::{Failure as _, with_causes};
+use crate::progress::{Cancel, Pace, Silent};
+use crate::service::problem::Problem;
+use crate::service::state::Shared;
+use crate::store::StoreError;
+use crate::store::measure::Job;
+use crate::store::stream::{Piece, Wanted};
+
+/// What slices of all downloads may take, about: each has two.
+pub const ALL_BYTES: u64 = 64 << 20;
+/// The smallest slice: less is read again and again where compressed clusters or leaves reach over its end.
+pub const LEAST_SLICE: u64 = 256 << 10;
+/// The largest slice.
+pub const MOST_SLICE: u64 = 8 << 20;
+/// How long a client may take for a slice.
+const SLOWEST: Duration = Duration::from_mins(10);
+/// Zeros, to be sent without memory of their own.
+static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+/// The body that has those bytes of the image. Its first slice is read before this returns, so that what fails at once is
+/// told in words. Reading ends when the client is gone.
+///
+/// A block that is damaged, and a file that is written to meanwhile, cut the connection before a byte of them is sent:
+/// the client has less than the length that it was told.
+pub async fn body(service: &Shared, image: Arc<Opened>, range: Range<u64>) -> Result<Body, Problem> {
+    let place = service.downloads.places.clone().try_acquire_owned();
+    let place = place.map_err(|_| Problem::unavailable("there are as many downloads as there may be"))?;
+    let (end, first) = next(service, &image, &range).await.map_err(|error| Problem::of(&error))?;
+    let (sender, receiver) = channel(1);
+    let service = service.clone();
+    tokio::spawn(async move {
+        let _place = place;
+        service.metrics.download_began();
+        if let Err(error) = send(&service, &image, first, end..range.end, &sender).await {
+            service.metrics.count_error(error.code().as_str());
+            tracing::warn!(code = %error.code(), "a download is cut: {}", with_causes(&error));
+            // Ends the connection without an end of the body.
+            let _ = sender.send(Err(io::Error::other(with_causes(&error)))).await;
+        }
+        service.metrics.download_ended();
+    });
+    Ok(Body::from_stream(ReceiverStream::new(receiver)))
+}
+
+/// Sends a slice, and then what follows it.
+async fn send(
+    service: &Shared,
+    image: &Arc<Opened>,
+    mut slice: Vec<Bytes>,
+    mut rest: Range<u64>,
+    sender: &Sender<io::Result<Bytes>>,
+) -> Result<(), StoreError> {
+    loop {
+        for bytes in slice {
+            let count = bytes.len() as u64;
+            // Whoever is gone, or takes nothing, gets nothing more.
+            let Ok(Ok(())) = tokio::time::timeout(SLOWEST, sender.send(Ok(bytes))).await else {
+                return Ok(());
+            };
+            service.metrics.downloaded(count);
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
+        (rest.start, slice) = next(service, image, &rest).await?;
+    }
+}
+
+/// The first slice of a part of the image, and where it ends.
+async fn next(
+    service: &Shared,
+    image: &Arc<Opened>,
+    part: &Range<u64>,
+) -> Result<(u64, Vec<Bytes>), StoreError> {
+    let size = service.downloads.slice_bytes();
+    // Slices end where blocks do, so that each is read once.
+    let end = ((part.start / size + 1) * size).min(part.end);
+    let turn = service.downloads.turns.clone().acquire_owned().await;
+    let (image, pace, part) = (image.clone(), service.pace.clone(), part.start..end);
+    let read = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        slice(&image, part, &pace)
+    });
+    let panicked = |_| StoreError::Usage { detail: "the reading ended by a panic: see the log".to_owned() };
+    Ok((end, read.await.map_err(panicked)??))
+}
+
+/// Reads a part of the image. Blocks.
+fn slice(image: &Opened, part: Range<u64>, pace: &Pace) -> Result<Vec<Bytes>, StoreError> {
+    let cancel = Cancel::default();
+    let job = Job { progress: &Silent, cancel: &cancel, pace, tolerant: false };
+    let length = usize::try_from(part.end - part.start).unwrap_or_default();
+    let (mut done, mut bytes) = (Vec::new(), Vec::with_capacity(length));
+    image.stream.read::<StoreError>(part, Wanted::Bytes, &job, |_, piece| {
+        match piece {
+            Piece::Bytes(more) => bytes.extend_from_slice(more),
+            Piece::Zeros(mut left) => {
+                if !bytes.is_empty() {
+                    done.push(Bytes::from(std::mem::take(&mut bytes)));
+                }
+                while left > 0 {
+                    let step = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROS.len());
+                    done.push(Bytes::from_static(ZEROS.get(..step).unwrap_or_default()));
+                    left -= step as u64;
+                }
+            }
+        }
+        Ok(())
+    })?;
+    if !bytes.is_empty() {
+        done.push(Bytes::from(bytes));
+    }
+    // What is adopted was held against its leaves; all of it is held against the files as they were opened.
+    image.stream.source().unchanged()?;
+    Ok(done)
+}
