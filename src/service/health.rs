@@ -77,10 +77,22 @@ impl Health {
 
     /// Looks at all stores, as far as that was not done a moment ago; for a bounded time.
     pub async fn look(&self, service: &Shared) -> HealthReport {
+        self.look_after(service, FRESH).await
+    }
+
+    /// Looks again and again, so that who asks rarely waits for a store.
+    pub async fn keep(&self, service: &Shared) {
+        loop {
+            self.look_after(service, FRESH / 2).await;
+            tokio::time::sleep(FRESH / 4).await;
+        }
+    }
+
+    async fn look_after(&self, service: &Shared, fresh: Duration) -> HealthReport {
         let mut waits = Vec::new();
         for store in &service.config.stores {
             let begin = self.with(store.id.as_str(), |look| {
-                let fresh = look.last.as_ref().is_some_and(|(at, _)| at.elapsed() < FRESH);
+                let fresh = look.last.as_ref().is_some_and(|(at, _)| at.elapsed() < fresh);
                 let begin = !fresh && look.since.is_none();
                 if begin {
                     look.since = Some(Instant::now());

@@ -75,6 +75,8 @@ async fn serve(service: Shared) -> Result<(), ServiceError> {
     let tls = tls.map(Arc::new);
     tokio::spawn(reload(service.clone(), tls.clone(), hangup));
     tokio::spawn(sweep(service.clone()));
+    let watched = service.clone();
+    tokio::spawn(async move { watched.health.keep(&watched).await });
     let scheme = if tls.is_some() { "https" } else { "http" };
     announce(scheme, listener.local_addr().map_err(start)?);
     let connections = Arc::new(Semaphore::new(service.config.connections));

@@ -48,6 +48,7 @@ mod readers_meanwhile;
 mod reclaim;
 mod repair;
 mod service_commands;
+mod service_connections;
 mod service_downloads;
 mod service_ends;
 mod service_http;
