@@ -36,6 +36,9 @@ pub enum Departed {
     },
 }
 
+/// Why a member's name is left alone.
+const ANOTHER: &str = "another file has its name now; it was left alone";
+
 /// A departure that is to be done now.
 struct Due<'a, 's> {
     decided: &'a Decided<'s>,
@@ -69,16 +72,12 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let ready = ready || named.is_none() && is_kept(&at, departure)?;
             let waiting = match named {
                 None if changed_as_it_went(&at, departure)? => Some(changed_meanwhile(&at, departure)?),
-                None if is_aside(&at, departure)? => {
-                    due.push(Due { decided, departure, at, place: (first, second) });
-                    continue;
+                None if !is_aside(&at, departure)?
+                    && (!ready || !leaves_something(&at, decided, departure, ends)?) =>
+                {
+                    None
                 }
-                None if !ready || !leaves_something(&at, decided, departure, ends)? => None,
-                Some(found) if !departure.is(&found) => Some(kept(
-                    Code::ChangedMeanwhile,
-                    &at,
-                    "another file has its name now; it was left alone",
-                )),
+                Some(found) if !departure.is(&found) => Some(kept(Code::ChangedMeanwhile, &at, ANOTHER)),
                 Some(_) if !published => {
                     checkpoint_back(&at, departure)?;
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
@@ -236,7 +235,7 @@ fn let_go(one: &Due<'_, '_>) -> Result<Departed> {
         None => put_aside(at, &departure.at.path, &departure.kept, |found| departure.is(found))?,
     };
     if !aside {
-        return Ok(kept(Code::ChangedMeanwhile, at, "another file has its name now; it was left alone"));
+        return Ok(kept(Code::ChangedMeanwhile, at, ANOTHER));
     }
     if departure.becomes.is_some() {
         // It lives on under the survivor's name.

@@ -166,10 +166,14 @@ impl Case {
                     }
                 }
                 // What was reported as done can be taken back, whatever happened since to the power.
-                Action::Undo if deleted && !met_others && !struck && self.hard_links => {
-                    if !gave.is_some_and(|gave| gave.brought_back()) {
-                        return Err("what was done cannot be undone".to_owned());
-                    }
+                Action::Undo
+                    if deleted
+                        && !met_others
+                        && !struck
+                        && self.hard_links
+                        && !gave.is_some_and(|gave| gave.brought_back()) =>
+                {
+                    return Err("what was done cannot be undone".to_owned());
                 }
                 _ => {}
             }
