@@ -2,6 +2,7 @@
 #   need COMMAND...               install the Debian packages of those commands that are missing
 #   need_blake3                   PyPI's blake3 for python3
 #   need_rust [COMPONENT...]      cargo, a linker for it, and components of the toolchain
+#   need_promtool                 promtool, at $PROMTOOL
 #   loop_mount FS IMAGE SIZE DIR  make a file system in a sparse file and mount it
 #   can_loop_mount                whether that can work here
 #   scratch NAME                  set variable NAME to a fresh directory that goes away with this process
@@ -88,6 +89,10 @@ package_of() {
         aria2c) echo aria2 ;;
         # Without the modules that the usual one comes with.
         nginx) echo nginx-light ;;
+        chromium) echo chromium ;;
+        chromedriver) echo chromium-driver ;;
+        systemd-analyze) echo systemd ;;
+        dpkg-deb) echo dpkg ;;
         file) echo file ;;
         readelf | strip) echo binutils ;;
         *) die "no package is known for $1" ;;
@@ -151,6 +156,22 @@ need_rust() {
         # A toolchain without rustup has to bring them itself.
         cargo "${component/rustfmt/fmt}" --version >/dev/null 2>&1 || quietly rustup component add "$component"
     done
+}
+
+# Debian has it in the package of the server, which would be started: only this file is taken out of it.
+need_promtool() {
+    local directory
+    directory=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")/tools/bin
+    PROMTOOL=$(command -v promtool || echo "$directory/promtool")
+    [[ ! -x $PROMTOOL ]] || return 0
+    scratch PROMETHEUS
+    if [[ -z $APT_UPDATED ]]; then
+        quietly apt-get update
+        APT_UPDATED=1
+    fi
+    chmod 777 "$PROMETHEUS"
+    (cd "$PROMETHEUS" && quietly apt-get download prometheus && dpkg-deb --extract prometheus_*.deb .)
+    install -D --mode 755 "$PROMETHEUS/usr/bin/promtool" "$PROMTOOL"
 }
 
 quietly() {

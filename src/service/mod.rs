@@ -10,6 +10,7 @@
 //! | `downloads` | images at signed URLs, by any range, with no file in between |
 //! | [`schedule`] | the jobs that the service makes by itself |
 //! | `view` | stores opened, scanned, resolved, off the asynchronous threads |
+//! | `page` | the page at `/`: static files that use the API |
 //! | `health` `metrics` `openapi` | what watchers and clients read |
 //!
 //! Does not own: what a verb does (`ops`), or what a record looks like (`store::jobs`). The service keeps nothing of its
@@ -30,6 +31,7 @@ mod health;
 mod jobs;
 mod metrics;
 mod openapi;
+mod page;
 pub mod problem;
 mod routes;
 pub mod schedule;

@@ -54,6 +54,7 @@ mod service_ends;
 mod service_http;
 mod service_jobs;
 mod service_schedule;
+mod service_page;
 mod simulation;
 mod ssvm_client;
 mod support;

@@ -13,6 +13,7 @@ use crate::qcow2::{Content, Run};
 use crate::store::Stores;
 use crate::store::chain::OpenChain;
 use crate::store::scan::Scan;
+use crate::units::GuestOffset;
 
 /// What kind of run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -63,11 +64,21 @@ pub fn map(stores: &Stores, scan: &Scan, id: NodeId) -> Result<MapReport> {
 impl MapReport {
     /// The runs. After an error nothing follows.
     pub fn runs<'a>(&'a self, cancel: &'a Cancel) -> impl Iterator<Item = Result<MapRun<'a>>> {
+        self.runs_from(0, cancel)
+    }
+
+    /// The runs from a guest byte on: the first is cut there. What is before costs nothing. None past the disk's end.
+    pub fn runs_from<'a>(
+        &'a self,
+        from: u64,
+        cancel: &'a Cancel,
+    ) -> impl Iterator<Item = Result<MapRun<'a>>> {
         let below_is_zero = |run: Run| match run.content {
             Content::Below => Run { content: Content::Zero, ..run },
             _ => run,
         };
-        coalesce(self.chain.map().map(move |run| run.map(below_is_zero))).map(|run| {
+        let runs = self.chain.map_range(GuestOffset(from.min(self.virtual_bytes)), GuestOffset(u64::MAX));
+        coalesce(runs.map(move |run| run.map(below_is_zero))).map(|run| {
             cancel.check()?;
             Ok(self.shown(&run?))
         })

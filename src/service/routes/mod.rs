@@ -4,6 +4,7 @@ pub mod chains;
 mod cloudstack;
 mod downloads;
 pub mod jobs;
+mod page;
 mod service;
 
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
@@ -50,6 +51,10 @@ fn documented() -> OpenApiRouter<Shared> {
         .routes(routes!(cloudstack::command))
         .routes(routes!(downloads::create))
         .routes(routes!(downloads::image))
+        .routes(routes!(page::allocation))
+        .routes(routes!(page::debt))
+        .routes(routes!(page::index))
+        .routes(routes!(page::file))
 }
 
 /// What is said of all routes.
@@ -111,7 +116,7 @@ async fn around(State(service): State<Shared>, request: Request, next: Next) -> 
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID.clone(), value);
     }
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }

@@ -1,6 +1,7 @@
 //! Builders and oracles.
 
 pub mod agent;
+pub mod browser;
 pub mod builder;
 pub mod chains;
 pub mod crash;
