@@ -17,6 +17,7 @@ mod consolidate;
 mod context;
 mod delete;
 mod digest;
+mod docs;
 mod error;
 mod explain;
 mod flatten;
@@ -146,6 +147,9 @@ enum Command {
     /// Of init's own: take locks, so that it can see whether they are seen
     #[command(name = lock_proof::COMMAND, hide = true)]
     HoldLock(lock_proof::Args),
+    /// Of the package's own: print manual pages and completions
+    #[command(hide = true)]
+    Docs(docs::Args),
 }
 
 /// Runs the command.
@@ -195,6 +199,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
         Command::Explain(args) => explain::run(cli.global.json, args),
         Command::Config(args) => config_check::run(&context()?, args),
         Command::HoldLock(args) => lock_proof::hold(args),
+        Command::Docs(args) => docs::run(args),
     }
 }
 

@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use super::holdings::{Held, Holdings};
 use super::jobs::Entry;
 use super::jobs::request::JobRequest;
 use super::problem::Problem;
@@ -53,6 +54,12 @@ struct OfStore {
     store: String,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OfKnowledge {
+    store: String,
+    known: &'static str,
+}
+
 /// All figures.
 pub struct Metrics {
     registry: Registry,
@@ -73,6 +80,10 @@ pub struct Metrics {
     trash: Family<OfStore, Gauge>,
     open_operations: Family<OfStore, Gauge>,
     frozen: Family<OfStore, Gauge>,
+    leaving: Family<OfStore, Gauge>,
+    members: Family<OfKnowledge, Gauge>,
+    verification_age: Family<OfStore, Gauge>,
+    holdings: Holdings,
 }
 
 /// From 10 ms to some 11 days.
@@ -101,6 +112,10 @@ impl Metrics {
             trash: Family::default(),
             open_operations: Family::default(),
             frozen: Family::default(),
+            leaving: Family::default(),
+            members: Family::default(),
+            verification_age: Family::default(),
+            holdings: Holdings::default(),
         };
         metrics.register();
         metrics
@@ -136,6 +151,12 @@ impl Metrics {
         all.register("open_operations", help, self.open_operations.clone());
         let help = "Trees that nothing is done to until somebody has looked";
         all.register("frozen_trees", help, self.frozen.clone());
+        let help = "What members take that are deleted and keep their names until the grace ends";
+        all.register_with_unit("leaving", help, Unit::Bytes, self.leaving.clone());
+        let help = "Members of chains: all bytes read since they were adopted, not all, not adopted";
+        all.register("members", help, self.members.clone());
+        let help = "Since when the byte that was left alone for longest was not read";
+        all.register_with_unit("verification_age", help, Unit::Seconds, self.verification_age.clone());
     }
 
     /// A job ended here.
@@ -227,9 +248,34 @@ impl Metrics {
             set(&self.open_operations, waiting.open_operations);
             set(&self.frozen, waiting.frozen_trees);
         }
+        self.tell_holdings(service);
         let mut text = String::new();
         encode(&mut text, &self.registry)
             .map_err(|error| Problem::new(Kind::Io, Code::Io, format!("no figures: {error}")))?;
         Ok(text)
+    }
+
+    /// What a look at all members says; nothing of stores that cannot be read.
+    fn tell_holdings(&self, service: &Service) {
+        self.leaving.clear();
+        self.members.clear();
+        self.verification_age.clear();
+        let found = self.holdings.get(&service.config).unwrap_or_else(|problem| {
+            tracing::debug!("no look at all members: {}", problem.detail());
+            std::collections::BTreeMap::default()
+        });
+        let value = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        for (store, held) in found {
+            let Held { leaving_bytes, read, never_read, not_adopted, age_seconds } = held;
+            let label = OfStore { store: store.clone() };
+            self.leaving.get_or_create(&label).set(value(leaving_bytes));
+            for (known, count) in [("read", read), ("never-read", never_read), ("not-adopted", not_adopted)] {
+                let label = OfKnowledge { store: store.clone(), known };
+                self.members.get_or_create(&label).set(value(count as u64));
+            }
+            if let Some(age) = age_seconds {
+                self.verification_age.get_or_create(&label).set(value(age));
+            }
+        }
     }
 }

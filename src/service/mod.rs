@@ -11,7 +11,7 @@
 //! | [`schedule`] | the jobs that the service makes by itself |
 //! | `view` | stores opened, scanned, resolved, off the asynchronous threads |
 //! | `page` | the page at `/`: static files that use the API |
-//! | `health` `metrics` `openapi` | what watchers and clients read |
+//! | `health` `holdings` `metrics` `openapi` | what watchers and clients read |
 //!
 //! Does not own: what a verb does (`ops`), or what a record looks like (`store::jobs`). The service keeps nothing of its
 //! own but caches: jobs and the key of signed URLs are records on the stores, so that any instance continues them.
@@ -28,6 +28,7 @@ mod downloads;
 mod error;
 mod extract;
 mod health;
+mod holdings;
 mod jobs;
 mod metrics;
 mod openapi;

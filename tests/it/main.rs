@@ -38,6 +38,7 @@ mod nfs3_cli;
 mod nfs3_conformance;
 mod nfs3_faults;
 mod other_mount;
+mod packaging;
 mod power_cut;
 mod power_log;
 mod primary_cli;
