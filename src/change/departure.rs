@@ -66,10 +66,10 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
             let at = site.at(&departure.at)?;
             let published =
                 departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
-            let ready = published && now >= decided.grace_until();
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
-            let ready = ready || named.is_none() && is_kept(&at, departure)?;
+            let ready =
+                published && now >= decided.grace_until() || named.is_none() && is_kept(&at, departure)?;
             let waiting = match named {
                 None if changed_as_it_went(&at, departure)? => Some(changed_meanwhile(&at, departure)?),
                 None if !is_aside(&at, departure)?
