@@ -68,21 +68,17 @@ pub fn depart(site: &Site<'_>, operations: &[(&Decided<'_>, &[Published])]) -> R
                 departure.after.iter().all(|index| published.get(*index) == Some(&Published::Done));
             let ends = now >= decided.grace_until().saturating_add(decided.commit.retention_ns);
             let named = stat(&at, &departure.at.path)?.filter(|found| !departure.is_stub(found));
-            let ready =
-                published && now >= decided.grace_until() || named.is_none() && is_kept(&at, departure)?;
+            let over = now >= decided.grace_until();
+            let ready = published && over || named.is_none() && is_kept(&at, departure)?;
             let waiting = match named {
                 None if changed_as_it_went(&at, departure)? => Some(changed_meanwhile(&at, departure)?),
-                None if !is_aside(&at, departure)?
-                    && (!ready || !leaves_something(&at, decided, departure, ends)?) =>
-                {
-                    None
-                }
+                None if !is_due(&at, decided, departure, ready, ends)? => None,
                 Some(found) if !departure.is(&found) => Some(kept(Code::ChangedMeanwhile, &at, ANOTHER)),
                 Some(_) if !published => {
                     checkpoint_back(&at, departure)?;
                     Some(kept(Code::Kept, &at, "a survivor that reads through it was not published"))
                 }
-                Some(_) if now < decided.grace_until() => Some(Departed::Waits(decided.grace_until())),
+                Some(_) if !over => Some(Departed::Waits(decided.grace_until())),
                 Some(_) | None => {
                     due.push(Due { decided, departure, at, place: (first, second) });
                     continue;
@@ -153,6 +149,17 @@ fn changed_meanwhile(at: &At<'_>, departure: &Departure) -> Result<Departed> {
     checkpoint_back(at, departure)?;
     sync_all([(at, name.parent()), (at, kept_as.parent())].into_iter())?;
     Ok(kept(Code::ChangedMeanwhile, at, "somebody changed it as it went, and has it back"))
+}
+
+/// Whether something is to be done about a member whose name went.
+fn is_due(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    departure: &Departure,
+    ready: bool,
+    ends: bool,
+) -> Result<bool> {
+    Ok(is_aside(at, departure)? || ready && leaves_something(at, decided, departure, ends)?)
 }
 
 /// Whether a member's name went, but not yet what goes with it: its checkpoint file, or the name under which
