@@ -7,7 +7,7 @@ use crate::backend::{BackendError, Stat};
 use crate::chain::graph::{Key, NodeId, Parent};
 use crate::change::decided::Decided;
 use crate::change::error::Result;
-use crate::change::keep::{release, sync_all};
+use crate::change::keep::{name_if_free, release, sync_all};
 use crate::change::places::looked_again;
 use crate::change::publication::{Published, stat};
 use crate::change::record::{Departure, KeptFile, Place, Publication};
@@ -313,16 +313,7 @@ fn name_back(at: &At<'_>, departure: &Departure) -> Result<()> {
 
 /// Gives a kept file its name back, if that is free.
 fn put_back(at: &At<'_>, name: &StorePath, kept: &StorePath) -> Result<()> {
-    match link(at.backend, kept, name) {
-        Ok(()) => release(at, kept),
-        // Somebody has the name, or it is back already.
-        Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
-        Err(error) if error.is_unsupported() => match stat(at, name)? {
-            None => take_name(at.backend, kept, name).map_err(at.failed("put back")),
-            Some(_) => Ok(()),
-        },
-        Err(source) => Err(at.failed("put back")(source)),
-    }
+    if name_if_free(at, kept, name, "put back")? { release(at, kept) } else { Ok(()) }
 }
 
 /// Gives a member that stays its checkpoint file back, if that went: of what went a power cut may bring one

@@ -1,7 +1,7 @@
 //! Keeping files under names of our own, and letting them go.
 
 use crate::backend::BackendError;
-use crate::backend::publish::link;
+use crate::backend::publish::{link, swap, take_name};
 use crate::change::error::Result;
 use crate::change::publication::stat;
 use crate::change::record::Mark;
@@ -40,6 +40,39 @@ pub fn keep(at: &At<'_>, name: &StorePath, kept: &StorePath, mark: &Mark) -> Res
         }
         None => Ok(Kept::Another),
     }
+}
+
+/// Gives a file another name, if that is free; where a file can have one name only, its only one. Never over another
+/// file. Gives whether it has both names now.
+///
+/// # After a crash
+///
+/// The name is free, or stands for the file; calling again does the rest.
+pub fn name_if_free(at: &At<'_>, from: &StorePath, name: &StorePath, action: &'static str) -> Result<bool> {
+    match link(at.backend, from, name) {
+        Ok(()) => return Ok(true),
+        // Somebody has the name, or another instance was faster.
+        Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => return Ok(false),
+        Err(error) if error.is_unsupported() => {}
+        Err(source) => return Err(at.failed(action)(source)),
+    }
+    if stat(at, name)?.is_none() {
+        match take_name(at.backend, from, name) {
+            Ok(()) | Err(BackendError::NotFound { .. }) => {}
+            Err(source) => return Err(at.failed(action)(source)),
+        }
+    }
+    Ok(false)
+}
+
+/// Gives a file the name back that the exchange for ours took from it. It may have come to its present one by a link,
+/// where names cannot be exchanged: then ours goes.
+pub fn take_back(at: &At<'_>, from: &StorePath, name: &StorePath) -> Result<()> {
+    match swap(at.backend, from, name) {
+        Err(error) if error.is_unsupported() => take_name(at.backend, from, name),
+        done => done,
+    }
+    .map_err(at.failed("take back"))
 }
 
 /// Removes a name that may be gone already.

@@ -5,7 +5,7 @@ use crate::backend::{Backend, BackendError, Stat};
 use crate::change::decided::Decided;
 use crate::change::error::Result;
 use crate::change::in_place;
-use crate::change::keep::{Kept, keep, release, sync_all};
+use crate::change::keep::{Kept, keep, name_if_free, release, sync_all, take_back};
 use crate::change::record::{Mark, Publication, Restore};
 use crate::change::site::{At, Site};
 use crate::cloudstack::paths::snapshot_of;
@@ -188,12 +188,7 @@ fn after_exchange(publication: &Publication, at: &At<'_>, found: &Stat) -> Resul
     let (name, from) = (&publication.at.path, &publication.from);
     if !publication.old.is(found) || writer(at, from)? {
         if stat(at, name)?.is_some_and(|now| publication.is_new(&now)) {
-            match swap(at.backend, from, name) {
-                // It came here by a link, not by an exchange.
-                Err(error) if error.is_unsupported() => take_name(at.backend, from, name),
-                done => done,
-            }
-            .map_err(at.failed("take back"))?;
+            take_back(at, from, name)?;
         }
         return give_up(at, publication, "was changed or replaced by somebody else");
     }
@@ -286,18 +281,7 @@ fn restore_all(site: &Site<'_>, restores: &[Restore]) -> Result<()> {
         let found = stat(at, &restore.kept)?.filter(|found| restore.mark.inode == found.id.inode);
         if found.is_some() {
             if stat(at, &restore.at.path)?.is_none() {
-                match link(at.backend, &restore.kept, &restore.at.path) {
-                    // Another instance was faster, or somebody has the name.
-                    Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => {}
-                    // A file can have one name only: it moves.
-                    Err(error) if error.is_unsupported() => {
-                        match take_name(at.backend, &restore.kept, &restore.at.path) {
-                            Ok(()) | Err(BackendError::NotFound { .. }) => {}
-                            Err(source) => return Err(at.failed("put back")(source)),
-                        }
-                    }
-                    Err(source) => return Err(at.failed("put back")(source)),
-                }
+                name_if_free(at, &restore.kept, &restore.at.path, "put back")?;
             }
             back.push((at, restore));
         }

@@ -14,7 +14,7 @@
 use crate::backend::publish::{link, swap, take_name};
 use crate::backend::{BackendError, Stat};
 use crate::change::error::Result;
-use crate::change::keep::{Kept, keep, release};
+use crate::change::keep::{Kept, keep, name_if_free, release, take_back};
 use crate::change::publication::stat;
 use crate::change::record::{Departure, Stub};
 use crate::change::site::At;
@@ -80,12 +80,7 @@ fn after_exchange(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<boo
         }
         // Somebody put his own file there at that very moment: it comes back.
         Some(_) => {
-            match swap(at.backend, &stub.from, &departure.at.path) {
-                // It came here by a link, not by an exchange.
-                Err(error) if error.is_unsupported() => take_name(at.backend, &stub.from, &departure.at.path),
-                done => done,
-            }
-            .map_err(at.failed("take back"))?;
+            take_back(at, &stub.from, &departure.at.path)?;
             Ok(false)
         }
     }
@@ -126,10 +121,10 @@ fn from_aside(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
     let Some(found) = stat(at, &aside)? else { return Ok(true) };
     let goes = departure.is(&found);
     if goes {
-        give_free(at, &stub.from, name)?;
+        name_if_free(at, &stub.from, name, "name")?;
         release(at, &stub.from)?;
     } else {
-        give_free(at, &aside, name)?;
+        name_if_free(at, &aside, name, "put back")?;
     }
     match stat(at, &departure.kept)? {
         None if goes && departure.becomes.is_none() => {
@@ -142,18 +137,6 @@ fn from_aside(at: &At<'_>, departure: &Departure, stub: &Stub) -> Result<bool> {
         _ => release(at, &aside)?,
     }
     Ok(goes && stat(at, name)?.is_some_and(|found| stub.is(&found)))
-}
-
-/// Gives a file a name if that is free: another name, or where it can have one only, its only one.
-fn give_free(at: &At<'_>, from: &StorePath, name: &StorePath) -> Result<()> {
-    match link(at.backend, from, name) {
-        Ok(()) | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => Ok(()),
-        Err(error) if error.is_unsupported() => match (stat(at, name)?, stat(at, from)?) {
-            (None, Some(_)) => take_name(at.backend, from, name).map_err(at.failed("name")),
-            _ => Ok(()),
-        },
-        Err(source) => Err(at.failed("name")(source)),
-    }
 }
 
 /// Whether a stub has the name of a member that somebody wrote into, or replaced, at the very moment of the exchange.

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::backend::publish::link;
 use crate::backend::{BackendError, LockKind};
 use crate::change::error::{ChangeError, Result};
 use crate::change::journal::{Found, Journal};
+use crate::change::keep::name_if_free;
 use crate::change::places::{IntentName, operation_of};
 use crate::change::record::{Decision, OperationId};
 use crate::change::site::Site;
@@ -145,11 +145,7 @@ fn give_back(
                         {
                             stand_down(&at, departure, stub, None)?;
                         }
-                        match link(at.backend, &kept, path) {
-                            Ok(())
-                            | Err(BackendError::AlreadyExists { .. } | BackendError::NotFound { .. }) => {}
-                            Err(source) => return Err(at.failed("put back")(source)),
-                        }
+                        name_if_free(&at, &kept, path, "put back")?;
                         at.backend.sync_dir(&path.parent()).map_err(at.failed("sync the directory of"))?;
                     }
                 }
