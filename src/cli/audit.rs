@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::context::Context;
 use super::error::{Exit, Result};
 use super::output::{Table, human};
-use super::reclaim::Source;
 use super::values;
+use crate::database::Source;
 use crate::failure::Kind;
 use crate::ops::audit::{AuditFinding, AuditOptions, AuditReport, Sum, Totals, audit};
 
@@ -31,9 +31,7 @@ pub struct Args {
 
 /// Looks, and changes nothing.
 pub fn run(context: &Context, args: &Args) -> Result<Exit> {
-    let given = args.records.is_some() || args.database.is_some();
-    let source =
-        given.then(|| Source::open(args.records.as_deref(), args.database.as_deref())).transpose()?;
+    let source = Source::open(args.records.as_deref(), args.database.as_deref())?;
     // Before the files: what comes meanwhile is too young to count as left behind.
     let records = source.as_ref().map(Source::records).transpose()?;
     let stores = context.stores()?;

@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use super::context::{self, Context};
 use super::error::{CliError, Exit, Result};
-use super::merges::{Manner, Shown, exit, nanoseconds, start};
-use super::reclaim::{Document, Ledger, Rows, Source, finish, write_rows};
+use super::merges::{Manner, Shown, exit, start};
+use super::reclaim::{Document, Ledger, Rows, finish, write_rows};
 use super::{members, metrics, output};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
 use crate::change::{Guard, Site};
+use crate::database::Source;
 use crate::ops::OpError;
-use crate::ops::delete::{self, Aim, Plan, Report, Request, Terms, Yardstick, due};
+use crate::ops::delete::{self, Aim, Plan, Report, Request, Yardstick, due};
 use crate::store::names;
 use crate::store::rows::RowMap;
 use crate::store::scan::{Finding, Scan};
@@ -71,7 +72,7 @@ impl Args {
         if self.rows == Rows::Print && !given {
             return Err(CliError::usage("--rows print needs --records or --database".to_owned()));
         }
-        given.then(|| Source::open(self.records.as_deref(), self.database.as_deref())).transpose()
+        Ok(Source::open(self.records.as_deref(), self.database.as_deref())?)
     }
 }
 
@@ -188,13 +189,7 @@ fn consolidate(context: &Context, args: &Args, work: &Work<'_>, guard: &Guard) -
     context.confirm(&shown.plan_text(), args.manner.yes)?;
     let run = delete::Context {
         site: work.site,
-        terms: Terms {
-            grace_ns: nanoseconds(shown.grace),
-            retention_ns: nanoseconds(shown.retention),
-            rehearse: args.rehearse,
-            witness: context.witness(),
-            stubs: false,
-        },
+        terms: shown.terms(context.witness(), false),
         stores: work.site.stores,
         scan: work.scan,
         plan: work.plan,

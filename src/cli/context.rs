@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -13,7 +12,7 @@ use super::error::{CliError, Result};
 use super::settings::{InPlace, Settings};
 use super::{config, output, stores};
 use crate::change::witness::Witness;
-use crate::change::{Site, SystemClock};
+use crate::change::{Clock as _, Site, SystemClock};
 use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
 use crate::ops::policy::Policy;
@@ -197,6 +196,5 @@ impl Context {
 
 /// The time, in nanoseconds since 1970.
 pub fn now_ns() -> i128 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i128::try_from(now.as_nanos()).unwrap_or(i128::MAX)
+    SystemClock.wall_ns().into()
 }

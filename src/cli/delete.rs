@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::merges::{Manner, Shown, exit, nanoseconds, start};
-use super::{members, metrics, records_file};
+use super::merges::{Manner, Shown, exit, start};
+use super::{members, metrics};
 use crate::change::leaving::leaving;
+use crate::database::read_export;
 use crate::ops::OpError;
-use crate::ops::delete::{self, Report, Request, Terms};
+use crate::ops::delete::{self, Report, Request};
 use crate::store::names;
 
 /// Flags of `delete`.
@@ -59,7 +60,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     // Before anything is read: a wrong mount should say so, and not that a member is missing.
     stores.check_writable()?;
     let given = members::expand(&args.members)?;
-    let records = args.records.as_deref().map(records_file::read).transpose()?;
+    let records = args.records.as_deref().map(read_export).transpose()?;
     let site = context.site(&stores);
     site.pace.set(args.manner.rate(context));
     // What was interrupted comes first: it may be about the same members.
@@ -91,13 +92,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     context.confirm(&shown.plan_text(), args.manner.yes)?;
     let work = delete::Context {
         site: &site,
-        terms: Terms {
-            grace_ns: nanoseconds(grace),
-            retention_ns: nanoseconds(retention),
-            rehearse: args.rehearse,
-            witness: context.witness(),
-            stubs: false,
-        },
+        terms: shown.terms(context.witness(), false),
         stores: &stores,
         scan: &scan,
         plan: &plan,

@@ -2,8 +2,7 @@
 
 use std::io;
 
-use crate::cloudstack::records::RecordsError;
-use crate::database::DatabaseError;
+use crate::database::{DatabaseError, RowsError};
 use crate::failure::{Code, Failure, Kind};
 use crate::ops::OpError;
 use crate::progress::Cancelled;
@@ -50,15 +49,6 @@ pub enum CliError {
     /// The verb failed.
     #[error(transparent)]
     Op(#[from] OpError),
-    /// The file given with `--records` is none.
-    #[error("failed to understand {file}")]
-    Records {
-        /// The file.
-        file: String,
-        /// The cause.
-        #[source]
-        source: RecordsError,
-    },
     /// A file that the call names cannot be read.
     #[error("failed to read {file}")]
     Read {
@@ -68,9 +58,9 @@ pub enum CliError {
         #[source]
         source: io::Error,
     },
-    /// CloudStack's database could not be used.
+    /// CloudStack's rows could not be read, or changed.
     #[error(transparent)]
-    Database(#[from] DatabaseError),
+    Rows(#[from] RowsError),
     /// The service could not be started.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -95,6 +85,12 @@ impl CliError {
     }
 }
 
+impl From<DatabaseError> for CliError {
+    fn from(error: DatabaseError) -> Self {
+        Self::Rows(error.into())
+    }
+}
+
 impl From<StoreError> for CliError {
     fn from(error: StoreError) -> Self {
         Self::Op(error.into())
@@ -113,9 +109,8 @@ impl Failure for CliError {
             Self::Usage { .. } => Kind::Usage,
             Self::Refused { .. } => Kind::Refused,
             Self::Op(error) => error.kind(),
-            Self::Database(error) => error.kind(),
+            Self::Rows(error) => error.kind(),
             Self::Service(error) => error.kind(),
-            Self::Records { source, .. } => source.kind(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Kind::NotFound,
             Self::Read { .. } | Self::Write { .. } => Kind::Io,
         }
@@ -125,9 +120,8 @@ impl Failure for CliError {
         match self {
             Self::Usage { code, .. } | Self::Refused { code, .. } => *code,
             Self::Op(error) => error.code(),
-            Self::Database(error) => error.code(),
+            Self::Rows(error) => error.code(),
             Self::Service(error) => error.code(),
-            Self::Records { source, .. } => source.code(),
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::Read { .. } | Self::Write { .. } => Code::Io,
         }
@@ -136,6 +130,7 @@ impl Failure for CliError {
     fn member(&self) -> Option<&str> {
         match self {
             Self::Op(error) => error.member(),
+            Self::Rows(error) => error.member(),
             Self::Read { file, .. } => Some(file),
             _ => None,
         }

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use super::context::Context;
 use super::error::{Exit, Result};
+use super::members;
 use super::output::{self, Table, human};
-use super::{members, records_file};
+use crate::database::read_export;
 use crate::ops::list::{Chain, Entry, ListOptions, ListReport, list};
 use crate::store::names::resolve_all;
 use crate::store::record::StoreKind;
@@ -28,7 +29,7 @@ pub struct Args {
 /// Lists.
 pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let names = members::expand(&args.members)?;
-    let records = args.records.as_deref().map(records_file::read).transpose()?;
+    let records = args.records.as_deref().map(read_export).transpose()?;
     let stores = context.stores()?;
     let scan = context.scan_cached(&stores)?;
     let chosen = if names.is_empty() { None } else { Some(resolve_all(&stores, &scan, &names)?) };

@@ -65,13 +65,9 @@ impl Manner {
         self.rate.unwrap_or(context.settings.limits.rate.0)
     }
 
-    /// How long deleted members keep their names. By default at least `least`, and as long as readers on other hosts
-    /// of a network mount may take, who cannot be seen.
+    /// How long deleted members keep their names; [`Plan::usual_grace`] if nobody says.
     pub fn grace(&self, context: &Context, plan: &Plan, least: Duration) -> Duration {
-        self.grace.or(context.settings.safety.reader_grace.0).unwrap_or_else(|| {
-            let network = plan.capabilities.values().any(|can| can.network);
-            if network { Duration::from_mins(15).max(least) } else { least }
-        })
+        self.grace.or(context.settings.safety.reader_grace.0).unwrap_or_else(|| plan.usual_grace(least))
     }
 
     /// How long old files are kept after that.

@@ -35,7 +35,6 @@ mod operations;
 mod output;
 mod purge;
 mod reclaim;
-mod records_file;
 mod recover;
 mod repair;
 mod serve;

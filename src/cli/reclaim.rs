@@ -1,7 +1,6 @@
 //! `qchain reclaim`.
 
 mod ledger;
-mod source;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -12,24 +11,20 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{CliError, Exit, Result};
-use super::merges::{Manner, Shown, exit, nanoseconds, start};
+use super::merges::{Manner, Shown, exit, start};
 use super::output::human;
 use super::{metrics, output, values};
 use crate::change::leaving::leaving;
 use crate::change::{Guard, Site};
-use crate::failure::{Code, Failure};
+use crate::database::Source;
+use crate::failure::Code;
 use crate::ops::OpError;
-use crate::ops::delete::{self, MergeDocument, Plan, Report, Request, Terms, plan_worth, selectable};
+use crate::ops::delete::{self, MergeDocument, Plan, Report, Request, STUB_GRACE, plan_worth, selectable};
 use crate::ops::reclaim::{Bounds, Found, find};
 use crate::store::Stores;
 use crate::store::rows::RowMap;
 use crate::store::scan::{Finding, Scan};
 pub use ledger::{Ledger, Made, finish};
-pub use source::Source;
-
-/// How long deleted members keep their names at least where stubs take them: a reader that opened an old survivor
-/// must have opened what is below it by then.
-const STUB_GRACE: Duration = Duration::from_mins(1);
 
 /// Flags of `reclaim`.
 #[derive(Debug, clap::Args)]
@@ -65,6 +60,11 @@ impl Args {
     /// Whether the stores are to be changed.
     pub fn changes(&self) -> bool {
         !self.dry_run
+    }
+
+    fn source(&self) -> Result<Source> {
+        let source = Source::open(self.records.as_deref(), self.database.as_deref())?;
+        source.ok_or_else(|| CliError::usage("give --records or --database".to_owned()))
     }
 }
 
@@ -103,7 +103,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let site = context.site(&stores);
     site.pace.set(args.manner.rate(context));
     let guard = if args.dry_run { None } else { Some(start(context, &site)?) };
-    let source = Source::open(args.records.as_deref(), args.database.as_deref())?;
+    let source = args.source()?;
     // What an earlier run left.
     let late = if args.rows == Rows::Apply && !args.dry_run {
         finish(&site, source.database())?
@@ -201,13 +201,7 @@ fn merge(
     context.confirm(&shown.plan_text(), args.manner.yes)?;
     let run = delete::Context {
         site: work.site,
-        terms: Terms {
-            grace_ns: nanoseconds(shown.grace),
-            retention_ns: nanoseconds(shown.retention),
-            rehearse: false,
-            witness: context.witness(),
-            stubs: args.rows == Rows::Untouched,
-        },
+        terms: shown.terms(context.witness(), args.rows == Rows::Untouched),
         stores: work.site.stores,
         scan: work.scan,
         plan: work.plan,
@@ -219,7 +213,7 @@ fn merge(
     };
     let mut report = delete::run(&run, guard)?;
     context.note_freed(report.outcomes.iter().map(|outcome| outcome.bytes_freed_now).sum());
-    put_off(&shown, &mut report, &mut findings);
+    shown.put_off(&mut report, &mut findings);
     let rows = work.ledger.made();
     let document = Document { merges: shown.document(&report), rows: &rows, findings: &findings };
     context.print(&document, |out| {
@@ -257,18 +251,6 @@ fn bound(stores: &Stores, scan: &Scan, plan: &mut Plan, limit: Option<u64>, find
             findings.push(Finding { member, code: Code::LeftForLater, message });
         }
         fits
-    });
-}
-
-/// What was not begun in time is no failure.
-fn put_off(shown: &Shown<'_>, report: &mut Report, findings: &mut Vec<Finding>) {
-    report.outcomes.retain(|outcome| {
-        let late = outcome.error.as_ref().filter(|error| error.code() == Code::LeftForLater);
-        if let Some(error) = late {
-            let member = outcome.members.first().map(|id| shown.name(*id)).unwrap_or_default();
-            findings.push(Finding { member, code: Code::LeftForLater, message: error.to_string() });
-        }
-        late.is_none()
     });
 }
 

@@ -9,6 +9,7 @@
 //! the URL's password.
 
 mod error;
+mod source;
 
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
@@ -20,6 +21,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, R
 use crate::cloudstack::records::{COLUMNS, Records, Row};
 use crate::cloudstack::row_change::{Planned, RowChange};
 pub use error::{DatabaseError, Result};
+pub use source::{RowsError, Source, read_export};
 
 /// How long one call may take.
 pub const PATIENCE: Duration = Duration::from_mins(2);

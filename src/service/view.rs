@@ -1,9 +1,8 @@
 //! Stores as requests and jobs see them: opened anew, scanned by the help of the caches, members resolved.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use super::config::Config;
 use crate::chain::graph::NodeId;
+use crate::change::{Clock as _, SystemClock};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::cloudstack::prefix::StoreUrl;
 use crate::progress::Silent;
@@ -15,8 +14,7 @@ use crate::store::{Result, StoreError, Stores};
 
 /// The time, in nanoseconds since 1970.
 pub fn now_ns() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+    SystemClock.wall_ns()
 }
 
 /// Stores and what is on them.

@@ -57,8 +57,7 @@ const FILE_IO: &[(&str, &[&str])] = &[
 const FILE_IO_ALLOWED: &[(&str, &str)] = &[
     ("src/cli/config.rs", "reads the configuration"),
     ("src/service/auth.rs", "reads the file of tokens"),
-    ("src/service/jobs/kinds/reclaim.rs", "reads the configured file of CloudStack's rows"),
-    ("src/cli/records_file.rs", "reads the file given with --records"),
+    ("src/database/source.rs", "reads exports of CloudStack's rows"),
     ("src/cli/metrics_file.rs", "replaces the file of --metrics-file, which is on no store"),
     ("src/cli/members.rs", "reads the lists of members given as @FILE"),
 ];

@@ -5,16 +5,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::super::error::{CliError, Result};
+use super::super::error::Result;
 use super::Rows;
-use super::source::Source;
 use crate::chain::graph::NodeId;
 use crate::change::pending_rows::{self, Fate};
 use crate::change::record::OperationId;
 use crate::change::{Operation, Site};
 use crate::cloudstack::records::Records;
 use crate::cloudstack::row_change::RowChange;
-use crate::database::{Applied, Database};
+use crate::database::{Applied, Database, Source};
 use crate::failure::{Code, Failure, with_causes};
 use crate::ops::OpError;
 use crate::ops::delete::{Gate, Plan, TreePlan};
@@ -143,7 +142,7 @@ fn entry(operation: &str, status: &'static str, note: Option<String>, changes: &
 }
 
 /// An error of the call, for a tree.
-fn refused(error: &CliError) -> OpError {
+fn refused(error: &impl Failure) -> OpError {
     OpError::Refused { code: error.code(), member: String::new(), message: with_causes(error) }
 }
 

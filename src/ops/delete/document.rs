@@ -9,11 +9,14 @@ use crate::chain::graph::NodeId;
 use crate::change::Site;
 use crate::change::history::Done;
 use crate::change::record::Place;
+use crate::change::witness::Witness;
+use crate::failure::{Code, Failure as _};
+use crate::ops::delete::context::Terms;
 use crate::ops::delete::plan::{Entry, Mode, Plan, TreePlan};
 use crate::ops::delete::report::{Outcome, Report, Status};
 use crate::ops::document::{ErrorBody, time};
 use crate::store::Stores;
-use crate::store::scan::Scan;
+use crate::store::scan::{Finding, Scan};
 
 /// What `--json` shows.
 #[derive(Debug, Serialize, ToSchema)]
@@ -100,6 +103,31 @@ pub struct Shown<'a> {
 }
 
 impl Shown<'_> {
+    /// What is shown, as it is carried out.
+    #[must_use]
+    pub fn terms(&self, witness: Witness, stubs: bool) -> Terms {
+        let nanoseconds = |time: Duration| i64::try_from(time.as_nanos()).unwrap_or(i64::MAX);
+        Terms {
+            grace_ns: nanoseconds(self.grace),
+            retention_ns: nanoseconds(self.retention),
+            rehearse: self.rehearse,
+            witness,
+            stubs,
+        }
+    }
+
+    /// What a [`Gate`](super::Gate) left for later is no failure: it is told, and no outcome any more.
+    pub fn put_off(&self, report: &mut Report, findings: &mut Vec<Finding>) {
+        report.outcomes.retain(|outcome| {
+            let late = outcome.error.as_ref().filter(|error| error.code() == Code::LeftForLater);
+            if let Some(error) = late {
+                let member = outcome.members.first().map(|id| self.name(*id)).unwrap_or_default();
+                findings.push(Finding { member, code: Code::LeftForLater, message: error.to_string() });
+            }
+            late.is_none()
+        });
+    }
+
     /// A member, as it can be written.
     #[must_use]
     pub fn name(&self, id: NodeId) -> String {

@@ -22,7 +22,7 @@ mod worth;
 pub use context::{Context, Gate, Terms};
 pub use document::{MergeDocument, Shown};
 pub use due::{Due, Yardstick, due};
-pub use plan::{Entry, Mode, Plan, TreePlan, plan};
+pub use plan::{Entry, Mode, Plan, STUB_GRACE, TreePlan, plan};
 pub use report::{Outcome, Report, Status};
 pub use run::run;
 pub use select::{Aim, InPlacePolicy, ModeChoice, Request};

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -46,6 +47,11 @@ impl Mode {
     }
 }
 
+/// How long readers on other hosts of a network mount may take to have opened what they need.
+const NETWORK_GRACE: Duration = Duration::from_mins(15);
+/// How long deleted members keep their names at least where stubs take them: a reader that opened an old survivor
+/// must have opened what is below it by then.
+pub const STUB_GRACE: Duration = Duration::from_mins(1);
 /// Memory for layouts that are kept from the plan to the merge, in bytes; others are made once more.
 const KEPT_LAYOUTS_BYTES: u64 = 32 << 20;
 
@@ -107,6 +113,14 @@ impl Plan {
     /// All entries.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.trees.iter().flat_map(|tree| &tree.entries)
+    }
+
+    /// How long deleted members keep their names if nobody says: at least `least`, and as long as readers on other hosts
+    /// of a network mount may take, who cannot be seen.
+    #[must_use]
+    pub fn usual_grace(&self, least: Duration) -> Duration {
+        let network = self.capabilities.values().any(|can| can.network);
+        if network { NETWORK_GRACE.max(least) } else { least }
     }
 }
 

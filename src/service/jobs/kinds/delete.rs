@@ -5,13 +5,13 @@ use std::time::Duration;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Outcome, Work, job_error, texts};
+use super::{Outcome, Work, texts};
 use crate::change::history::Done;
 use crate::change::leaving::leaving;
 use crate::change::{Site, SystemClock};
 use crate::failure::{Failure, Kind};
 use crate::ops::Result;
-use crate::ops::delete::{self, MergeDocument, Plan, Request, Shown, Terms};
+use crate::ops::delete::{self, MergeDocument, Plan, Request, Shown};
 use crate::ops::recover::{begin, history, names};
 use crate::progress::{Cancel, Cancelled};
 use crate::service::config::Config;
@@ -29,10 +29,6 @@ pub struct DeleteDocument {
     merges: MergeDocument,
     /// The members that got new files.
     survivors: Vec<Row>,
-}
-
-fn nanoseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
 }
 
 fn request_of<'a>(
@@ -60,9 +56,8 @@ fn request_of<'a>(
 /// How long names and files stay.
 fn stays(config: &Config, request: &DeleteRequest, plan: &Plan) -> (Duration, Duration) {
     let seconds = |given: Option<u32>| given.map(|seconds| Duration::from_secs(seconds.into()));
-    let network = plan.capabilities.values().any(|can| can.network);
-    let fits = if network { Duration::from_mins(15) } else { Duration::ZERO };
-    let grace = seconds(request.grace_seconds).or(config.grace).unwrap_or(fits);
+    let given = seconds(request.grace_seconds).or(config.grace);
+    let grace = given.unwrap_or_else(|| plan.usual_grace(Duration::ZERO));
     (grace, seconds(request.retention_seconds).unwrap_or(config.retention))
 }
 
@@ -103,13 +98,7 @@ pub fn run(work: &Work<'_>, request: &DeleteRequest) -> Result<Outcome> {
     let shown = Shown { stores, scan: &scan, plan: &plan, grace, retention, rehearse: request.rehearse };
     let context = delete::Context {
         site,
-        terms: Terms {
-            grace_ns: nanoseconds(grace),
-            retention_ns: nanoseconds(retention),
-            rehearse: request.rehearse,
-            witness: config.witness,
-            stubs: false,
-        },
+        terms: shown.terms(config.witness, false),
         stores,
         scan: &scan,
         plan: &plan,
@@ -128,13 +117,7 @@ pub fn run(work: &Work<'_>, request: &DeleteRequest) -> Result<Outcome> {
     survivors.extend(written.filter_map(|outcome| outcome.into).map(|id| shown.name(id)));
     let merges = shown.document(&report).with(site, &before);
     let document = DeleteDocument { merges, survivors: rows(config, &survivors)? };
-    let sum = |of: fn(&delete::Outcome) -> u64| report.outcomes.iter().map(of).sum::<u64>();
-    Ok(Outcome {
-        written_bytes: sum(|outcome| outcome.bytes_written + outcome.metadata_bytes_written),
-        cloned_bytes: sum(|outcome| outcome.bytes_cloned),
-        freed_bytes: sum(|outcome| outcome.bytes_freed_now),
-        ..Outcome::of(&document, report.first_failure().map(job_error))
-    })
+    Ok(Outcome::of_merges(&document, &report))
 }
 
 /// The survivors as they are now.

@@ -12,6 +12,7 @@ use super::request::JobRequest;
 use super::watch::Meter;
 use crate::change::Site;
 use crate::failure::{Failure, with_causes};
+use crate::ops::delete::{Outcome as MergeOutcome, Report};
 use crate::ops::document::Document;
 use crate::ops::{OpError, Result};
 use crate::progress::Cancel;
@@ -53,6 +54,17 @@ impl Outcome {
     fn of(report: &impl Serialize, error: Option<JobError>) -> Self {
         let document = serde_json::to_value(Document::of(report)).unwrap_or_default();
         Self { document, error, written_bytes: 0, cloned_bytes: 0, freed_bytes: 0, read_bytes: 0 }
+    }
+
+    /// Of merges that were carried out.
+    fn of_merges(document: &impl Serialize, report: &Report) -> Self {
+        let sum = |of: fn(&MergeOutcome) -> u64| report.outcomes.iter().map(of).sum();
+        Self {
+            written_bytes: sum(|outcome| outcome.bytes_written + outcome.metadata_bytes_written),
+            cloned_bytes: sum(|outcome| outcome.bytes_cloned),
+            freed_bytes: sum(|outcome| outcome.bytes_freed_now),
+            ..Self::of(document, report.first_failure().map(job_error))
+        }
     }
 }
 
