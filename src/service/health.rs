@@ -15,6 +15,8 @@ use crate::store::{StoreConfig, StoreError};
 
 /// How long a store may take to answer.
 const LONGEST: Duration = Duration::from_secs(3);
+/// How long to wait before looking again whether somebody else's first look has ended.
+const PAUSE: Duration = Duration::from_millis(5);
 /// How long an answer is good for.
 const FRESH: Duration = Duration::from_secs(2);
 
@@ -55,6 +57,11 @@ impl Health {
     fn with<T>(&self, store: &str, act: impl FnOnce(&mut Look) -> T) -> T {
         let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         act(looks.entry(store.to_owned()).or_default())
+    }
+
+    /// Whether the first look at a store is on.
+    fn is_awaited(&self, store: &str) -> bool {
+        self.with(store, |look| look.since.is_some() && look.last.is_none())
     }
 
     /// What was found last, without a look.
@@ -115,6 +122,10 @@ impl Health {
                 // A look that ended by a panic leaves what was known.
                 let _ = wait.await;
             }
+            // Somebody else's may be on. What is known is told meanwhile, but nothing is not.
+            while service.config.stores.iter().any(|store| self.is_awaited(store.id.as_str())) {
+                tokio::time::sleep(PAUSE).await;
+            }
         };
         let _ = tokio::time::timeout(LONGEST, all).await;
         let stores = self.last(&service.config);
@@ -139,4 +150,21 @@ fn probe(config: StoreConfig) -> Result<String, String> {
         .record()
         .map(|record| record.id.clone())
         .ok_or_else(|| "it has no .qchain/store.json: it is not mounted, or was not opted in".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::Health;
+
+    #[test]
+    fn only_a_first_look_is_waited_for() {
+        let health = Health::default();
+        assert!(!health.is_awaited("s"), "nobody looks");
+        health.with("s", |look| look.since = Some(Instant::now()));
+        assert!(health.is_awaited("s"), "nothing is known yet");
+        health.with("s", |look| look.last = Some((Instant::now(), Ok("id".to_owned()))));
+        assert!(!health.is_awaited("s"), "what is known is told");
+    }
 }
