@@ -10,7 +10,7 @@
 //! | [`digest`] | blocks, leaves, view digests. Pure |
 //! | [`chain`] | how images relate: graph, view, planning. Pure |
 //! | [`cloudstack`] | CloudStack's own facts: text in, values out |
-//! | [`database`] | CloudStack's rows over a connection |
+//! | [`database`] | CloudStack's rows over a connection, or from an export |
 //! | [`store`] | what lies on a share: scan, names, opened chains |
 //! | [`change`] | changing a share safely: locks, publishing order |
 //! | [`ops`] | the verbs: plan, run, report |

@@ -1,6 +1,6 @@
 //! CloudStack's database over a connection: its rows read, and changed as a merge changed the files.
 //!
-//! Owns: the connection, one transaction a merge. Does not own: what the rows mean
+//! Owns: the connection, one transaction a merge, and the choice between it and an export ([`Source`]). Does not own: what the rows mean
 //! ([`cloudstack::records`](crate::cloudstack::records)) or what becomes of them
 //! ([`cloudstack::row_change`](crate::cloudstack::row_change)).
 //!
