@@ -8,6 +8,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::backend::StoreFile;
 use crate::chain::delete::Merge;
 use crate::chain::graph::NodeId;
@@ -134,44 +136,36 @@ impl Attestor {
             .into_iter()
             .flat_map(|parent| std::iter::once(parent).chain(ancestors(parent)))
             .collect();
+        let images: Vec<&Image> = input.upper.images().collect();
+        let line: Vec<NodeId> = upper.iter().chain(&lower).copied().collect();
+        // Tables and headers of them all, from a store that may take its time: all are asked at once.
+        let looked: Vec<Look> = line
+            .par_iter()
+            .with_max_len(1)
+            .enumerate()
+            .map(|(index, id)| {
+                let image = images.get(index).map(|image| (*image).clone());
+                let grown = grown.filter(|_| index + 1 == upper.len());
+                look(stores, scan, shelves, *id, image, grown)
+            })
+            .collect::<Result<_>>()?;
+        if looked.first().is_some_and(|survivor| matches!(survivor, Look::Nothing(_))) {
+            return Ok(Knowledge::Nothing);
+        }
         let mut manifests = Vec::new();
         let mut tables = Vec::new();
         let mut oldest_ns = Some(i64::MAX);
-        let mut missing = None;
-        let mut survivor_known = true;
-        let images: Vec<&Image> = input.upper.images().collect();
-        for (index, id) in upper.iter().chain(&lower).enumerate() {
-            let key = &scan.graph.node(*id).key;
-            let (store, name) = (stores.get(key.store)?, stores.display(key));
-            let known = shelf::known(stores, scan, shelves, *id)?;
-            survivor_known &= index > 0 || known != Known::Nothing;
-            let merged = images.get(index).filter(|_| index < upper.len()).map(|image| (*image).clone());
-            let (known, merged) = before(known, merged, grown.filter(|_| index + 1 == upper.len()));
-            match judge(&known, merged.as_ref(), &name)? {
-                Judged::Good(manifest) => {
-                    match leaves::usable(store, &name, &manifest.leaves)? {
-                        Ok(table) => tables.push(table),
-                        Err(why) => {
-                            missing.get_or_insert(why);
-                        }
-                    }
+        for (index, look) in looked.into_iter().enumerate() {
+            match look {
+                Look::Good { manifest, table, oldest_ns: read } => {
                     if index < upper.len() {
-                        let read = reads::load(store.backend(), &key.path, manifest.file.inode)
-                            .map_err(|source| StoreError::backend(store, source))?;
-                        oldest_ns = oldest_ns.min(read.oldest_ns(block_count(manifest.virtual_bytes)));
+                        oldest_ns = oldest_ns.min(read);
                     }
+                    tables.push(table);
                     manifests.push(*manifest);
                 }
-                Judged::Missing(why) => {
-                    missing.get_or_insert(why);
-                }
+                Look::Nothing(why) | Look::Missing(why) => return Ok(Knowledge::Missing(why)),
             }
-        }
-        if !survivor_known {
-            return Ok(Knowledge::Nothing);
-        }
-        if let Some(why) = missing {
-            return Ok(Knowledge::Missing(why));
         }
         let parent = manifests.get(upper.len()).map(|manifest| Binding {
             member: manifest.member.clone(),
@@ -419,6 +413,49 @@ impl From<LeafError> for Failed {
     fn from(error: LeafError) -> Self {
         Self::Leaves(error)
     }
+}
+
+/// What there is of one member.
+enum Look {
+    Good {
+        manifest: Box<Manifest>,
+        table: LeafFile,
+        /// When the byte of it that was left alone for longest was read.
+        oldest_ns: Option<i64>,
+    },
+    /// It was never adopted, in words.
+    Nothing(String),
+    /// What there is cannot be built on: why.
+    Missing(String),
+}
+
+/// Looks up what is known of a member; `image` is it, if it is merged.
+fn look(
+    stores: &Stores,
+    scan: &Scan,
+    shelves: &[Shelf],
+    id: NodeId,
+    image: Option<Image>,
+    grown: Option<FileMark>,
+) -> Result<Look> {
+    let key = &scan.graph.node(id).key;
+    let (store, name) = (stores.get(key.store)?, stores.display(key));
+    let known = shelf::known(stores, scan, shelves, id)?;
+    let nothing = known == Known::Nothing;
+    let (known, image) = before(known, image, grown);
+    let manifest = match judge(&known, image.as_ref(), &name)? {
+        Judged::Good(manifest) => manifest,
+        Judged::Missing(why) if nothing => return Ok(Look::Nothing(why)),
+        Judged::Missing(why) => return Ok(Look::Missing(why)),
+    };
+    let table = match leaves::usable(store, &name, &manifest.leaves)? {
+        Ok(table) => table,
+        Err(why) => return Ok(Look::Missing(why)),
+    };
+    let read = reads::load(store.backend(), &key.path, manifest.file.inode)
+        .map_err(|source| StoreError::backend(store, source))?;
+    let oldest_ns = read.oldest_ns(block_count(manifest.virtual_bytes));
+    Ok(Look::Good { manifest, table, oldest_ns })
 }
 
 enum Judged {

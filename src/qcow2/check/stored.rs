@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::qcow2::error::Result;
 use crate::qcow2::format::{MAX_HOST_OFFSET, REFCOUNT_OFFSET_MASK, REFCOUNT_RESERVED_MASK};
@@ -23,7 +24,12 @@ pub(in crate::qcow2) struct Stored<'a> {
     bits: ClusterBits,
     width: RefcountWidth,
     table: Vec<u8>,
-    pages: HashMap<u64, Vec<u8>>,
+    /// How many entries a page and a block have: powers of two.
+    per_page: u64,
+    per_block: u64,
+    pages: HashMap<u64, Arc<[u8]>>,
+    /// The page that was used last: mostly the next one is the same.
+    last: Option<(u64, Arc<[u8]>)>,
     holes: Holes,
 }
 
@@ -33,12 +39,17 @@ impl<'a> Stored<'a> {
         let header = image.header();
         let mut table = vec![0; usize::try_from(header.refcount_table_bytes()).unwrap_or_default()];
         image.read_data(header.refcount_table_offset, &mut table)?;
+        // The header's parser has refused wider ones.
+        let width = RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT);
+        let bits = header.cluster_bits;
         Ok(Self {
             image,
-            bits: header.cluster_bits,
-            // The header's parser has refused wider ones.
-            width: RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT),
+            bits,
+            width,
             table,
+            per_page: width.entries_in(PAGE_BYTES.min(bits.bytes())),
+            per_block: width.entries_per_block(bits),
+            last: None,
             pages: HashMap::new(),
             holes: Holes::default(),
         })
@@ -62,14 +73,13 @@ impl<'a> Stored<'a> {
     /// The stored count of a cluster; 0 where there is no (valid) block.
     pub(in crate::qcow2) fn get(&mut self, cluster: u64) -> Result<u64> {
         let width = self.width;
-        let slot = usize::try_from(cluster % self.entries_per_page()).unwrap_or(usize::MAX);
+        let slot = usize::try_from(cluster % self.per_page).unwrap_or(usize::MAX);
         Ok(self.page(cluster)?.and_then(|page| width.get(page, slot)).unwrap_or_default())
     }
 
     /// The next clusters from `from` on, below `end`, of which some may have a count above 0.
     pub(super) fn next_counted(&mut self, from: u64, end: u64) -> Result<Option<Range<u64>>> {
-        let per_page = self.entries_per_page();
-        let per_block = self.width.entries_per_block(self.bits);
+        let Self { per_page, per_block, .. } = *self;
         let mut at = from;
         while at < end && at / per_block < self.blocks() {
             if !matches!(self.block(at / per_block), Ok(Some(_))) {
@@ -96,27 +106,34 @@ impl<'a> Stored<'a> {
         PAGE_BYTES.min(self.bits.bytes())
     }
 
-    fn entries_per_page(&self) -> u64 {
-        self.width.entries_in(self.page_bytes())
-    }
-
     /// The page that a cluster's count is in; `None` if all of it is 0 for want of one.
     fn page(&mut self, cluster: u64) -> Result<Option<&[u8]>> {
-        let per_block = self.width.entries_per_block(self.bits);
-        let Ok(Some(host)) = self.block(cluster / per_block) else { return Ok(None) };
-        let key = cluster / self.entries_per_page();
-        if !self.pages.contains_key(&key) {
-            if self.pages.len() >= PAGES {
-                self.pages.clear();
-            }
-            let offset = cluster % per_block / self.entries_per_page() * self.page_bytes();
-            if self.holes.absent(self.image, host.plus(offset), self.page_bytes())? {
-                return Ok(None);
-            }
-            let mut page = vec![0; usize::try_from(self.page_bytes()).unwrap_or_default()];
-            self.image.read_data(host.plus(offset), &mut page)?;
-            self.pages.insert(key, page);
+        let key = cluster / self.per_page;
+        if self.last.as_ref().is_none_or(|(last, _)| *last != key) {
+            let Some(page) = self.other_page(key)? else { return Ok(None) };
+            self.last = Some((key, page));
         }
-        Ok(self.pages.get(&key).map(Vec::as_slice))
+        Ok(self.last.as_ref().map(|(_, page)| &**page))
+    }
+
+    /// A page of that number.
+    fn other_page(&mut self, key: u64) -> Result<Option<Arc<[u8]>>> {
+        if let Some(page) = self.pages.get(&key) {
+            return Ok(Some(page.clone()));
+        }
+        let cluster = key.saturating_mul(self.per_page);
+        let Ok(Some(host)) = self.block(cluster / self.per_block) else { return Ok(None) };
+        let offset = cluster % self.per_block / self.per_page * self.page_bytes();
+        if self.holes.absent(self.image, host.plus(offset), self.page_bytes())? {
+            return Ok(None);
+        }
+        let mut page = vec![0; usize::try_from(self.page_bytes()).unwrap_or_default()];
+        self.image.read_data(host.plus(offset), &mut page)?;
+        if self.pages.len() >= PAGES {
+            self.pages.clear();
+        }
+        let page: Arc<[u8]> = page.into();
+        self.pages.insert(key, page.clone());
+        Ok(Some(page))
     }
 }
