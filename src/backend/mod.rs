@@ -158,6 +158,10 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Reads at `offset` until `buffer` is full or the file ends; the count is short only at the end.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize>;
 
+    /// Tells the store that a range is going to be read soon, so that it is at hand by then. Returns at once, as far as
+    /// the store can; does what it can.
+    fn will_read(&self, _offset: u64, _length: u64) {}
+
     /// How many reads the store answers at once with profit, if more than there are processors: those of a server, which
     /// take their time. Else 0.
     fn reads_at_once(&self) -> usize {

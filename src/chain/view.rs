@@ -4,8 +4,11 @@
 //! says "zero" for everything at or past its own virtual size, whatever lies below it (design, section 4).
 //! What no layer decides is [`Content::Below`].
 //!
-//! Memory: one cursor a layer, each with whatever window its extents hold. Time: runs of the result times
-//! the layers above each.
+//! Memory: one cursor a layer, each with whatever window its extents hold. Time: the extents of all layers that are
+//! not hidden by newer ones, times the logarithm of the number of layers.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
 
 use crate::qcow2::map::{Content, Extent, ExtentKind, Run, coalesce};
 use crate::units::GuestOffset;
@@ -46,37 +49,64 @@ pub fn view<L: Layer>(
         position: from,
         end: GuestOffset(end),
         failed: false,
+        ends: BinaryHeap::new(),
+        deciding: BTreeSet::new(),
+        unknown: (0..layers.len()).collect(),
     })
 }
 
+/// Of a thousand layers few have something to say at one place, and the word of most holds for a long way: a layer is
+/// looked at again only where what it said last ends, and only while no newer one decides there.
 struct View<L: Layer> {
     cursors: Vec<Cursor<L>>,
     position: GuestOffset,
     end: GuestOffset,
     failed: bool,
+    /// Where the extent ends in which each known layer is.
+    ends: BinaryHeap<Reverse<(GuestOffset, usize)>>,
+    /// The known layers that say something at the position.
+    deciding: BTreeSet<usize>,
+    /// The layers of which what was known has ended.
+    unknown: BTreeSet<usize>,
 }
 
 impl<L: Layer> View<L> {
-    /// The run at the position, as far as one decision holds.
+    /// The run at the position, as far as one decision holds and no layer that was looked at has more to say.
     fn resolve(&mut self) -> Result<Run, L::Error> {
         let start = self.position;
-        let mut end = self.end;
-        for (layer, cursor) in self.cursors.iter_mut().enumerate() {
-            let Some(extent) = cursor.at(start)? else {
-                return Ok(run(start, end, Content::Zero));
-            };
-            end = end.min(extent.end());
-            let content = match extent.kind {
-                ExtentKind::Below => continue,
+        while let Some(Reverse((end, layer))) = self.ends.peek().copied()
+            && end <= start
+        {
+            self.ends.pop();
+            self.deciding.remove(&layer);
+            self.unknown.insert(layer);
+        }
+        while let Some(layer) = self.unknown.first().copied()
+            && self.deciding.first().is_none_or(|decides| layer < *decides)
+            && let Some(cursor) = self.cursors.get_mut(layer)
+        {
+            let extent = cursor.at(start)?;
+            self.unknown.remove(&layer);
+            self.ends.push(Reverse((extent.end(), layer)));
+            if extent.kind != ExtentKind::Below {
+                self.deciding.insert(layer);
+            }
+        }
+        let end = self.ends.peek().map_or(self.end, |Reverse((end, _))| self.end.min(*end));
+        let decides = self.deciding.first().copied();
+        let extent = decides.and_then(|layer| Some((layer, self.cursors.get(layer)?.current?)));
+        let content = match extent {
+            None => Content::Below,
+            Some((layer, extent)) => match extent.kind {
+                ExtentKind::Below => Content::Below,
                 ExtentKind::Zero => Content::Zero,
                 ExtentKind::Data { host } => {
                     Content::Data { layer, host: host.plus(start.0 - extent.start.0) }
                 }
                 ExtentKind::Compressed(cluster) => Content::Compressed { layer, cluster },
-            };
-            return Ok(run(start, end, content));
-        }
-        Ok(run(start, end, Content::Below))
+            },
+        };
+        Ok(run(start, end, content))
     }
 }
 
@@ -112,11 +142,22 @@ impl<L: Layer> Cursor<L> {
         Self { layer, extents: None, current: None }
     }
 
-    /// The extent that holds `offset`; `None` at or past the layer's end. Offsets only go up.
-    fn at(&mut self, offset: GuestOffset) -> Result<Option<Extent>, L::Error> {
-        if offset.0 >= self.layer.virtual_size() {
-            return Ok(None);
-        }
+    /// The extent that holds `offset`; at or past the layer's end zeros without end. Offsets only go up.
+    fn at(&mut self, offset: GuestOffset) -> Result<Extent, L::Error> {
+        let extent = match self.layer.virtual_size().checked_sub(offset.0) {
+            None | Some(0) => Extent { start: offset, length: u64::MAX - offset.0, kind: ExtentKind::Zero },
+            Some(rest) => {
+                // An image that ends before its own virtual size has nothing more to say.
+                let silence = Extent { start: offset, length: rest, kind: ExtentKind::Below };
+                self.find(offset)?.unwrap_or(silence)
+            }
+        };
+        self.current = Some(extent);
+        Ok(extent)
+    }
+
+    /// The extent that holds an offset within the layer.
+    fn find(&mut self, offset: GuestOffset) -> Result<Option<Extent>, L::Error> {
         for _ in 0..STEPS_BEFORE_SEEK {
             if let Some(extent) = self.current
                 && extent.start <= offset
@@ -137,10 +178,7 @@ impl<L: Layer> Cursor<L> {
             }
             none => none.insert(self.layer.extents(offset)),
         };
-        self.current = extents.next().transpose()?;
-        // An image that ends before its own virtual size has nothing more to say: see below.
-        let rest = self.layer.virtual_size() - offset.0;
-        Ok(Some(self.current.unwrap_or(Extent { start: offset, length: rest, kind: ExtentKind::Below })))
+        extents.next().transpose()
     }
 }
 

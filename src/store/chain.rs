@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::backend::BackendError;
 use crate::chain::graph::{ChainError, Graph, Key, NodeId};
 use crate::chain::view::{Layer, view};
@@ -21,6 +23,10 @@ use crate::units::GuestOffset;
 pub const MAX_DEPTH: usize = 10_000;
 /// Memory for the table windows of one view, in bytes: shared out among the layers.
 const WINDOWS_BYTES: usize = 32 << 20;
+
+/// From how many members on a chain's tables are read ahead, and how much of them, in bytes.
+const MANY: usize = 8;
+const ANNOUNCED_BYTES: u64 = 1 << 30;
 
 /// One opened image with the size of table window its place in a chain leaves it.
 #[derive(Clone, Debug)]
@@ -135,6 +141,16 @@ impl OpenChain {
             file_length: image.file_length(),
         };
         self.images().map(facts).collect()
+    }
+
+    /// Tells the stores that the tables of a chain of many members are going to be read: one after the other, each in
+    /// pieces of what a window holds, they would be waited for thousands of times.
+    pub fn announce_tables(&self) {
+        if self.layers.len() >= MANY {
+            let most = ANNOUNCED_BYTES / self.layers.len() as u64;
+            // Whoever reads them finds what is wrong with them.
+            self.layers.par_iter().for_each(|layer| drop(layer.image.announce_tables(most)));
+        }
     }
 
     /// The map of all of the newest member's disk, as far as these members decide it.

@@ -211,7 +211,7 @@ fn what_is_not_adopted_is_served_without_a_tag() {
 #[test]
 fn a_damaged_block_cuts_the_connection_before_a_wrong_byte() {
     let world = World::new();
-    world.make("a", "", &["write -P 1 0 3M"]);
+    world.make("a", "", &["write -P 1 0 8704k"]);
     world.make("b", "a", &["write -P 2 9M 128k"]);
     assert_eq!(world.run(&["init"]).0, 0);
     assert_eq!(world.run(&["adopt", "--now"]).0, 0);

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
@@ -118,6 +119,13 @@ impl StoreFile for PosixFile {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         read_full(&self.file, offset, buffer).map_err(|error| failed("read", &self.path, error))
+    }
+
+    fn will_read(&self, offset: u64, length: u64) {
+        if let Some(length) = NonZeroU64::new(length) {
+            // A hint: whoever reads notices what is wrong.
+            let _ = fs::fadvise(&self.file, offset, Some(length), Advice::WillNeed);
+        }
     }
 
     fn data_from(&self, offset: u64) -> Result<u64> {

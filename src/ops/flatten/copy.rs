@@ -13,8 +13,10 @@ use crate::store::chain::OpenChain;
 use crate::store::stream::{Piece, Stream, Wanted};
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH};
 
-/// How much is written before the caches are dropped.
+/// How much is written before it is dropped from the cache.
 const DROP_BYTES: u64 = 256 << 20;
+/// How much is written before what was read is dropped: less often, as what was read ahead goes with it.
+const DROP_SOURCES_BYTES: u64 = 1 << 30;
 
 /// Writes the image, seals it, and proves that its tables say what was planned.
 pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cache: bool) -> Result<Made> {
@@ -26,7 +28,7 @@ pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cach
     file.set_length(layout.length()).map_err(&failed)?;
     work.progress.phase("copying", layout.length());
     let raw = layout.form() == Form::Raw;
-    let (mut written, mut last_drop) = (0, 0);
+    let (mut written, mut last_drop, mut last_sources) = (0, 0, 0);
     let digest =
         stream.read::<OpError>(0..layout.length(), Wanted::Digest, &work.job(), |offset, piece| {
             let Piece::Bytes(bytes) = piece else { return Ok(()) };
@@ -39,6 +41,9 @@ pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cach
             if !keep_cache && written >= last_drop + DROP_BYTES {
                 last_drop = written;
                 let _ = file.drop_cache();
+            }
+            if !keep_cache && written >= last_sources + DROP_SOURCES_BYTES {
+                last_sources = written;
                 source.drop_caches();
             }
             Ok(())

@@ -72,11 +72,15 @@ impl Extents {
             return Ok(self.clip(start, end - self.at, ExtentKind::Below));
         };
         let bits = self.format.cluster_bits;
-        let entry = self.entry(table, (self.at % per_table) >> bits.bits())?;
+        let index = (self.at % per_table) >> bits.bits();
+        let entry = self.entry(table, index)?;
         let within = bits.within(self.at);
         let rest = bits.bytes() - within;
         let (length, kind) = match entry {
-            L2Entry::Unallocated => (rest, ExtentKind::Below),
+            L2Entry::Unallocated => {
+                let after = self.unallocated_after(table, index)?;
+                (rest.saturating_add(after << bits.bits()), ExtentKind::Below)
+            }
             L2Entry::Zero { .. } => (rest, ExtentKind::Zero),
             L2Entry::Data { host, .. } => (rest, ExtentKind::Data { host: host.plus(within) }),
             L2Entry::Extended { host, subclusters, .. } => self.subclusters(host, subclusters, within),
@@ -125,17 +129,31 @@ impl Extents {
     }
 
     fn entry(&mut self, table: HostOffset, index: u64) -> Result<L2Entry> {
-        let offset = index * self.format.entry_bytes();
-        let table_bytes = self.format.cluster_bits.bytes();
-        let bytes = self.l2.from(&self.image, table, table_bytes, offset)?;
-        let raw = word(bytes, 0).unwrap_or_default();
-        let bitmap = if self.format.extended { word(bytes, 1).unwrap_or_default() } else { 0 };
+        let bytes = self.entries(table, index)?;
+        let (raw, bitmap) = (word(bytes, 0).unwrap_or_default(), word(bytes, 1).unwrap_or_default());
+        let bitmap = if self.format.extended { bitmap } else { 0 };
         self.format.decode(raw, bitmap).map_err(|fault| {
             self.fail(
                 Code::BadEntry,
                 &format!("the L2 entry {raw:#018x} (subclusters {bitmap:#018x}) {fault}"),
             )
         })
+    }
+
+    /// What the window holds of a table, from an entry on.
+    fn entries(&mut self, table: HostOffset, index: u64) -> Result<&[u8]> {
+        let table_bytes = self.format.cluster_bits.bytes();
+        self.l2.from(&self.image, table, table_bytes, index * self.format.entry_bytes())
+    }
+
+    /// How many entries behind one that is all zeros are so too, as far as the window goes: most of what a small
+    /// increment's tables hold, stepped over without a look at each.
+    fn unallocated_after(&mut self, table: HostOffset, index: u64) -> Result<u64> {
+        let bytes = self.entries(table, index)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let zeros = words.iter().position(|word| *word != [0; 8]).unwrap_or(words.len());
+        let entries = zeros as u64 * 8 / self.format.entry_bytes();
+        Ok(entries.saturating_sub(1))
     }
 
     /// The run of like subclusters at `within` of their cluster.

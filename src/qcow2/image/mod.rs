@@ -19,6 +19,7 @@ use crate::qcow2::error::{ImageError, Result};
 use crate::qcow2::header::{Header, parse_prefix};
 use crate::qcow2::layout::Switch;
 use crate::qcow2::map::CompressedCluster;
+use crate::qcow2::tables::{L1_ENTRY_BYTES, L1Entry, word};
 use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
 /// How much of a file is read for its header at first; all that QEMU puts there fits.
@@ -26,6 +27,9 @@ const FIRST_READ_BYTES: u64 = 4096;
 
 /// The window on each table that [`Image::extents`] takes, in bytes.
 pub const DEFAULT_WINDOW_BYTES: usize = 64 * 1024;
+
+/// How many tables of one image are told to the store at once.
+const MOST_ANNOUNCED: u64 = 8192;
 
 /// The least window on a table, in bytes.
 pub const MIN_WINDOW_BYTES: usize = 4096;
@@ -154,6 +158,33 @@ impl Image {
         if let Some(switch) = &self.switch {
             switch.lay_over(offset, buffer);
         }
+        Ok(())
+    }
+
+    /// Tells the store that so many bytes at `offset` of the file are going to be read soon.
+    pub(crate) fn will_read(&self, offset: u64, length: u64) {
+        self.file.will_read(offset, length.min(self.file_length.saturating_sub(offset)));
+    }
+
+    /// Tells the store that the tables are going to be read soon, at most so many bytes of them. Reads the beginning of
+    /// the L1 table for that, and says nothing of what is wrong with it: whoever reads the tables does.
+    pub fn announce_tables(&self, most: u64) -> Result<()> {
+        let format = self.header.entry_format();
+        let table = self.header.cluster_bits.bytes();
+        let entries = (most / table).min(self.header.l1_bytes() / L1_ENTRY_BYTES).min(MOST_ANNOUNCED);
+        let mut l1 = vec![0; usize::try_from(entries * L1_ENTRY_BYTES).unwrap_or_default()];
+        self.read_data(self.header.l1_offset, &mut l1)?;
+        let mut range = 0..0;
+        for index in 0..l1.len() / 8 {
+            let entry = L1Entry::decode(word(&l1, index).unwrap_or_default(), format.cluster_bits);
+            let Ok(L1Entry::Table { host, .. }) = entry else { continue };
+            if host.0 != range.end {
+                self.will_read(range.start, range.end - range.start);
+                range.start = host.0;
+            }
+            range.end = host.0.saturating_add(table);
+        }
+        self.will_read(range.start, range.end - range.start);
         Ok(())
     }
 

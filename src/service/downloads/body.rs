@@ -16,7 +16,7 @@ use crate::service::problem::Problem;
 use crate::service::state::Shared;
 use crate::store::StoreError;
 use crate::store::measure::Job;
-use crate::store::stream::{Piece, Wanted};
+use crate::store::stream::{Cursor, Taken};
 
 /// What slices of all downloads may take, about: each has two.
 pub const ALL_BYTES: u64 = 64 << 20;
@@ -37,13 +37,14 @@ static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 pub async fn body(service: &Shared, image: Arc<Opened>, range: Range<u64>) -> Result<Body, Problem> {
     let place = service.downloads.places.clone().try_acquire_owned();
     let place = place.map_err(|_| Problem::unavailable("there are as many downloads as there may be"))?;
-    let (end, first) = next(service, &image, &range).await.map_err(|error| Problem::of(&error))?;
+    let cursor = image.stream.cursor(range);
+    let (cursor, first) = next(service, &image, cursor).await.map_err(|error| Problem::of(&error))?;
     let (sender, receiver) = channel(1);
     let service = service.clone();
     tokio::spawn(async move {
         let _place = place;
         service.metrics.download_began();
-        if let Err(error) = send(&service, &image, first, end..range.end, &sender).await {
+        if let Err(error) = send(&service, &image, first, cursor, &sender).await {
             service.metrics.count_error(error.code().as_str());
             tracing::warn!(code = %error.code(), "a download is cut: {}", with_causes(&error));
             // Ends the connection without an end of the body.
@@ -54,75 +55,93 @@ pub async fn body(service: &Shared, image: Arc<Opened>, range: Range<u64>) -> Re
     Ok(Body::from_stream(ReceiverStream::new(receiver)))
 }
 
-/// Sends a slice, and then what follows it.
+/// Sends a slice, and what follows it: each slice is read while the one before it is sent.
 async fn send(
     service: &Shared,
     image: &Arc<Opened>,
-    mut slice: Vec<Bytes>,
-    mut rest: Range<u64>,
+    mut slice: Vec<Taken>,
+    mut cursor: Cursor,
     sender: &Sender<io::Result<Bytes>>,
 ) -> Result<(), StoreError> {
     loop {
-        for bytes in slice {
-            let count = bytes.len() as u64;
-            // Whoever is gone, or takes nothing, gets nothing more.
-            let Ok(Ok(())) = tokio::time::timeout(SLOWEST, sender.send(Ok(bytes))).await else {
-                return Ok(());
-            };
-            service.metrics.downloaded(count);
-        }
-        if rest.is_empty() {
+        if cursor.rest().is_empty() {
+            give(service, slice, sender).await;
             return Ok(());
         }
-        (rest.start, slice) = next(service, image, &rest).await?;
+        let (taken, read) = tokio::join!(give(service, slice, sender), next(service, image, cursor));
+        if !taken {
+            return Ok(());
+        }
+        (cursor, slice) = read?;
     }
 }
 
-/// The first slice of a part of the image, and where it ends.
-async fn next(
-    service: &Shared,
-    image: &Arc<Opened>,
-    part: &Range<u64>,
-) -> Result<(u64, Vec<Bytes>), StoreError> {
-    let size = service.downloads.slice_bytes();
-    // Slices end where blocks do, so that each is read once.
-    let end = ((part.start / size + 1) * size).min(part.end);
-    let turn = service.downloads.turns.clone().acquire_owned().await;
-    let (image, pace, part) = (image.clone(), service.pace.clone(), part.start..end);
-    let read = tokio::task::spawn_blocking(move || {
-        let _turn = turn;
-        slice(&image, part, &pace)
-    });
-    let panicked = |_| StoreError::Usage { detail: "the reading ended by a panic: see the log".to_owned() };
-    Ok((end, read.await.map_err(panicked)??))
-}
-
-/// Reads a part of the image. Blocks.
-fn slice(image: &Opened, part: Range<u64>, pace: &Pace) -> Result<Vec<Bytes>, StoreError> {
-    let cancel = Cancel::default();
-    let job = Job { progress: &Silent, cancel: &cancel, pace, tolerant: false };
-    let length = usize::try_from(part.end - part.start).unwrap_or_default();
-    let (mut done, mut bytes) = (Vec::new(), Vec::with_capacity(length));
-    image.stream.read::<StoreError>(part, Wanted::Bytes, &job, |_, piece| {
-        match piece {
-            Piece::Bytes(more) => bytes.extend_from_slice(more),
-            Piece::Zeros(mut left) => {
-                if !bytes.is_empty() {
-                    done.push(Bytes::from(std::mem::take(&mut bytes)));
+/// Gives a slice to the client; whether he took it.
+async fn give(service: &Shared, slice: Vec<Taken>, sender: &Sender<io::Result<Bytes>>) -> bool {
+    for taken in slice {
+        match taken {
+            Taken::Bytes(held) => {
+                if !give_bytes(service, Bytes::from_owner(held), sender).await {
+                    return false;
                 }
+            }
+            Taken::Zeros(mut left) => {
                 while left > 0 {
                     let step = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROS.len());
-                    done.push(Bytes::from_static(ZEROS.get(..step).unwrap_or_default()));
+                    let zeros = Bytes::from_static(ZEROS.get(..step).unwrap_or_default());
+                    if !give_bytes(service, zeros, sender).await {
+                        return false;
+                    }
                     left -= step as u64;
                 }
             }
         }
-        Ok(())
-    })?;
-    if !bytes.is_empty() {
-        done.push(Bytes::from(bytes));
     }
+    true
+}
+
+/// Whoever is gone, or takes nothing, gets nothing more.
+async fn give_bytes(service: &Shared, bytes: Bytes, sender: &Sender<io::Result<Bytes>>) -> bool {
+    let count = bytes.len() as u64;
+    let given = tokio::time::timeout(SLOWEST, sender.send(Ok(bytes))).await;
+    let taken = matches!(given, Ok(Ok(())));
+    if taken {
+        service.metrics.downloaded(count);
+    }
+    taken
+}
+
+/// The next slice at a cursor.
+async fn next(
+    service: &Shared,
+    image: &Arc<Opened>,
+    cursor: Cursor,
+) -> Result<(Cursor, Vec<Taken>), StoreError> {
+    let rest = cursor.rest();
+    let size = service.downloads.slice_bytes();
+    // Slices end where blocks do, so that each is read once.
+    let most = ((rest.start / size + 1) * size).min(rest.end) - rest.start;
+    let turn = service.downloads.turns.clone().acquire_owned().await;
+    let (image, pace) = (image.clone(), service.pace.clone());
+    let read = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        slice(&image, cursor, most, &pace)
+    });
+    let panicked = |_| StoreError::Usage { detail: "the reading ended by a panic: see the log".to_owned() };
+    read.await.map_err(panicked)?
+}
+
+/// Reads at a cursor. Blocks.
+fn slice(
+    image: &Opened,
+    mut cursor: Cursor,
+    most: u64,
+    pace: &Pace,
+) -> Result<(Cursor, Vec<Taken>), StoreError> {
+    let cancel = Cancel::default();
+    let job = Job { progress: &Silent, cancel: &cancel, pace, tolerant: false };
+    let taken = image.stream.next(&mut cursor, most, &job)?;
     // What is adopted was held against its leaves; all of it is held against the files as they were opened.
     image.stream.source().unchanged()?;
-    Ok(done)
+    Ok((cursor, taken))
 }

@@ -17,7 +17,7 @@ mod source;
 
 use std::ops::Range;
 
-pub use read::{Piece, Wanted};
+pub use read::{Cursor, Held, Piece, Taken, Wanted};
 pub use source::Source;
 
 use crate::ids::Digest;
@@ -96,6 +96,18 @@ impl Stream {
     ) -> std::result::Result<Option<Digest>, E> {
         let range = range.start..range.end.min(self.length());
         read::read(&self.source, &self.layout, range, wanted, job, give)
+    }
+
+    /// A range of the image, to be read step by step.
+    #[must_use]
+    pub fn cursor(&self, range: Range<u64>) -> Cursor {
+        Cursor::new(range.start..range.end.min(self.length()))
+    }
+
+    /// The next bytes at a cursor of this image, about `most` of them beside zeros that are not stored; none at its
+    /// end. Blocks. Errors as those of [`Stream::read`]; the cursor is of no use after one.
+    pub fn next(&self, cursor: &mut Cursor, most: u64, job: &Job<'_>) -> Result<Vec<Taken>> {
+        cursor.next(&self.source, &self.layout, most, job)
     }
 }
 

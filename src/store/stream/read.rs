@@ -1,16 +1,17 @@
-//! Reads a range of an image in order: one thread finds out what comes next, all processors read and check, and what
-//! is done is given away meanwhile.
+//! Reads a range of an image in order, batch by batch: one thread finds out what comes next, all processors read and
+//! check it. [`read`] gives one batch away while the next one is read; a [`Cursor`] is for whoever asks for each.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
 use crate::digest::{TreeBuilder, block_count, leaf};
 use crate::ids::Digest;
 use crate::qcow2::layout::canonical::{Canonical, Part};
-use crate::qcow2::{ImageError, Run};
+use crate::qcow2::{Content, ImageError, Run};
 use crate::store::error::{Result, StoreError};
 use crate::store::measure::Job;
 use crate::store::stream::Source;
@@ -20,6 +21,8 @@ use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 const ITEM_BYTES: u64 = 256 << 10;
 /// How much is read in parallel before it is given away, about.
 const BATCH_BYTES: u64 = 2 << 20;
+/// How many batches are planned beyond the one that is read.
+const PLANNED: usize = 12;
 /// How many batches may wait to be given away.
 const AHEAD: usize = 2;
 
@@ -28,15 +31,92 @@ const AHEAD: usize = 2;
 struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// So many bytes, of whatever content.
     fn take(&self, length: usize) -> Vec<u8> {
-        let mut buffer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut buffer = self.lock().pop().unwrap_or_default();
         buffer.resize(length, 0);
         buffer
     }
 
     fn put(&self, buffer: Vec<u8>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        self.lock().push(buffer);
+    }
+
+    /// Keeps no more than so many.
+    fn shrink(&self, count: usize) {
+        self.lock().truncate(count);
+    }
+}
+
+/// Bytes of an image for as long as somebody needs them; then their memory is used again.
+#[derive(Debug)]
+pub struct Held {
+    bytes: Vec<u8>,
+    wanted: Range<usize>,
+    home: Arc<Buffers>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.get(self.wanted.clone()).unwrap_or_default()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.home.put(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Some of an image, to be kept.
+#[derive(Debug)]
+pub enum Taken {
+    /// Its bytes.
+    Bytes(Held),
+    /// So many zeros that the image does not store.
+    Zeros(u64),
+}
+
+/// A place in an image, moving up; it knows where in the members it is, so that going on costs no look at what lies
+/// before. For [`Stream::next`](super::Stream::next).
+pub struct Cursor {
+    plan: Plan,
+    buffers: Arc<Buffers>,
+}
+
+impl Cursor {
+    pub(super) fn new(range: Range<u64>) -> Self {
+        Self { plan: Plan::new(range), buffers: Arc::default() }
+    }
+
+    /// What is still to come.
+    #[must_use]
+    pub fn rest(&self) -> Range<u64> {
+        self.plan.next_offset()..self.plan.end
+    }
+
+    /// As [`Stream::next`](super::Stream::next).
+    pub(super) fn next(
+        &mut self,
+        source: &Source,
+        layout: &Canonical,
+        most: u64,
+        job: &Job<'_>,
+    ) -> Result<Vec<Taken>> {
+        self.buffers.shrink(usize::try_from(most.div_ceil(ITEM_BYTES)).unwrap_or(usize::MAX));
+        let reading = Reading { source, layout, hash: false, buffers: &self.buffers };
+        let taken = |item: Item| match item.what {
+            What::Zeros => Taken::Zeros(item.take),
+            What::Metadata | What::Data { .. } => {
+                let wanted = item.wanted();
+                Taken::Bytes(Held { bytes: item.bytes, wanted, home: self.buffers.clone() })
+            }
+        };
+        Ok(self.plan.read(&reading, most, job)?.into_iter().map(taken).collect())
     }
 }
 
@@ -84,6 +164,18 @@ enum What {
     },
 }
 
+impl Item {
+    /// How many bytes are made for it.
+    fn read_bytes(&self) -> u64 {
+        if matches!(self.what, What::Zeros) { 0 } else { self.take }
+    }
+
+    /// Where in its bytes those are that are wanted.
+    fn wanted(&self) -> Range<usize> {
+        self.skip..self.skip.saturating_add(usize::try_from(self.take).unwrap_or(usize::MAX))
+    }
+}
+
 /// As [`Stream::read`](super::Stream::read); the range ends with the image.
 pub(super) fn read<E: From<StoreError> + Send>(
     source: &Source,
@@ -111,8 +203,7 @@ pub(super) fn read<E: From<StoreError> + Send>(
                 match &item.what {
                     What::Zeros => give(item.offset, Piece::Zeros(item.take))?,
                     What::Metadata | What::Data { .. } => {
-                        let end = item.skip.saturating_add(usize::try_from(item.take).unwrap_or(usize::MAX));
-                        give(item.offset, Piece::Bytes(item.bytes.get(item.skip..end).unwrap_or_default()))?;
+                        give(item.offset, Piece::Bytes(item.bytes.get(item.wanted()).unwrap_or_default()))?;
                     }
                 }
                 job.progress.advance(item.take);
@@ -141,13 +232,9 @@ struct Reading<'a> {
 
 /// Reads batch after batch and sends them, the last one perhaps an error.
 fn produce(reading: &Reading<'_>, range: Range<u64>, job: &Job<'_>, sender: &SyncSender<Result<Vec<Item>>>) {
-    let Reading { source, layout, .. } = *reading;
-    let mut plan = Plan { source, layout, at: range.start, end: range.end, map: None, held: None };
+    let mut plan = Plan::new(range);
     loop {
-        let batch = plan.batch(job).and_then(|mut batch| {
-            batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(reading, item))?;
-            Ok(batch)
-        });
+        let batch = plan.read(reading, BATCH_BYTES, job);
         let last = batch.as_ref().map_or(true, Vec::is_empty);
         if sender.send(batch).is_err() || last {
             return;
@@ -156,43 +243,68 @@ fn produce(reading: &Reading<'_>, range: Range<u64>, job: &Job<'_>, sender: &Syn
 }
 
 /// What comes next.
-struct Plan<'a> {
-    source: &'a Source,
-    layout: &'a Canonical,
+struct Plan {
     at: u64,
     end: u64,
     /// The map of the view, from the first byte on that was wanted.
-    map: Option<Box<dyn Iterator<Item = std::result::Result<Run, ImageError>> + Send + 'a>>,
+    map: Option<Box<dyn Iterator<Item = std::result::Result<Run, ImageError>> + Send>>,
     /// The run of it that reaches furthest so far.
     held: Option<Run>,
+    /// What was planned and is not read yet: the stores know of it.
+    planned: VecDeque<Vec<Item>>,
 }
 
-impl Plan<'_> {
-    /// Some items; none at the end.
-    fn batch(&mut self, job: &Job<'_>) -> Result<Vec<Item>> {
-        let cancelled = |_| StoreError::Image {
-            member: self.source.member().to_owned(),
-            source: ImageError::Cancelled { image: self.source.member().to_owned() },
+impl Plan {
+    fn new(range: Range<u64>) -> Self {
+        Self { at: range.start, end: range.end, map: None, held: None, planned: VecDeque::new() }
+    }
+
+    /// Where what was not given yet begins.
+    fn next_offset(&self) -> u64 {
+        self.planned.iter().flatten().next().map_or(self.at, |item| item.offset)
+    }
+
+    /// The next items of about so many bytes, read; none at the end.
+    fn read(&mut self, reading: &Reading<'_>, most: u64, job: &Job<'_>) -> Result<Vec<Item>> {
+        while self.planned.len() <= PLANNED {
+            let batch = self.batch(reading, most, job)?;
+            announce(reading, &batch);
+            let last = batch.is_empty();
+            self.planned.push_back(batch);
+            if last {
+                break;
+            }
+        }
+        let mut batch = self.planned.pop_front().unwrap_or_default();
+        job.pace.spend(batch.iter().map(Item::read_bytes).sum(), job.cancel);
+        batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(reading, item))?;
+        Ok(batch)
+    }
+
+    /// Plans some items; none at the end.
+    fn batch(&mut self, reading: &Reading<'_>, most: u64, job: &Job<'_>) -> Result<Vec<Item>> {
+        let cancelled = |_| {
+            let name = reading.source.member().to_owned();
+            image(reading.source, ImageError::Cancelled { image: name })
         };
         job.cancel.check().map_err(cancelled)?;
         let mut items = Vec::new();
         let mut bytes = 0;
-        while bytes < BATCH_BYTES
+        while bytes < most
             && items.len() < 64
             && self.at < self.end
-            && let Some((part, length)) = self.layout.part(self.at)
+            && let Some((part, length)) = reading.layout.part(self.at)
         {
-            let item = self.item(part, length.min(self.end - self.at))?;
+            let item = self.item(reading, part, length.min(self.end - self.at))?;
             self.at += item.take;
-            bytes += if matches!(item.what, What::Zeros) { 0 } else { item.take };
+            bytes += item.read_bytes();
             items.push(item);
         }
-        job.pace.spend(bytes, job.cancel);
         Ok(items)
     }
 
-    fn item(&mut self, part: Part, length: u64) -> Result<Item> {
-        let unit = self.layout.form().unit_bytes();
+    fn item(&mut self, reading: &Reading<'_>, part: Part, length: u64) -> Result<Item> {
+        let unit = reading.layout.form().unit_bytes();
         let (mut skip, mut take) = (0, length);
         let what = match part {
             Part::Zeros => What::Zeros,
@@ -206,8 +318,8 @@ impl Plan<'_> {
                 let most = (ITEM_BYTES / unit).max(1) * unit;
                 take = length.min(most - skip);
                 let whole = (skip + take).div_ceil(unit) * unit;
-                let runs = self.runs(start, start + whole)?;
-                let expected = self.source.leaves(start / BLOCK_BYTES, whole / BLOCK_BYTES)?;
+                let runs = self.runs(reading, start, start + whole)?;
+                let expected = reading.source.leaves(start / BLOCK_BYTES, whole / BLOCK_BYTES)?;
                 What::Data { guest: start, length: whole, runs, expected }
             }
         };
@@ -216,9 +328,9 @@ impl Plan<'_> {
     }
 
     /// The map of `[start, end)`, which begins at or behind the end of what was asked for before, or in its last unit.
-    fn runs(&mut self, start: u64, end: u64) -> Result<Vec<Run>> {
-        let (start, end) = (GuestOffset(start), GuestOffset(end.min(self.layout.virtual_size())));
-        let chain = self.source.chain();
+    fn runs(&mut self, reading: &Reading<'_>, start: u64, end: u64) -> Result<Vec<Run>> {
+        let (start, end) = (GuestOffset(start), GuestOffset(end.min(reading.layout.virtual_size())));
+        let chain = reading.source.chain();
         let map = self.map.get_or_insert_with(|| Box::new(chain.map_range(start, GuestOffset(u64::MAX))));
         let mut runs = Vec::new();
         loop {
@@ -229,9 +341,33 @@ impl Plan<'_> {
                 }
             }
             self.held = match map.next() {
-                Some(run) => Some(run.map_err(|source| image(self.source, source))?),
+                Some(run) => Some(run.map_err(|error| image(reading.source, error))?),
                 None => return Ok(runs),
             };
+        }
+    }
+}
+
+/// Tells the stores what is going to be read. Long runs they foresee by themselves; of chains of many members, and
+/// of scattered ones, short ones are all that there is.
+fn announce(reading: &Reading<'_>, batch: &[Item]) {
+    let images: Vec<_> = reading.source.chain().images().collect();
+    for item in batch {
+        let What::Data { runs, .. } = &item.what else { continue };
+        for run in runs {
+            match run.content {
+                Content::Data { layer, host } => {
+                    if let Some(image) = images.get(layer) {
+                        image.will_read(host.0, run.length);
+                    }
+                }
+                Content::Compressed { layer, cluster } => {
+                    if let Some(image) = images.get(layer) {
+                        image.will_read(cluster.host.0, cluster.stored_bytes);
+                    }
+                }
+                Content::Zero | Content::Below => {}
+            }
         }
     }
 }

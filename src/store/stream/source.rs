@@ -59,6 +59,7 @@ impl Source {
     /// fit together; as [`OpenChain::of_member`].
     pub fn open(stores: &Stores, scan: &Scan, id: NodeId, force: bool) -> Result<Self> {
         let chain = OpenChain::of_member(stores, scan, id)?;
+        chain.announce_tables();
         let line: Vec<NodeId> =
             std::iter::once(id).chain(scan.graph.ancestors(id).unwrap_or_default()).collect();
         let keys: Vec<Key> = line.iter().map(|id| scan.graph.node(*id).key.clone()).collect();
