@@ -46,10 +46,6 @@ impl View {
     pub fn members(&self, names: &[String]) -> Result<Vec<NodeId>> {
         let mut found = Vec::new();
         for name in names {
-            if name.is_empty() {
-                // It would stand for all.
-                return Err(StoreError::Usage { detail: "a member's name is empty".to_owned() });
-            }
             for id in resolve(&self.stores, &self.scan, name)? {
                 if !found.contains(&id) {
                     found.push(id);

@@ -32,7 +32,14 @@ pub fn resolve_one(stores: &Stores, scan: &Scan, name: &str) -> Result<NodeId> {
 }
 
 /// The members that one name stands for: one, or those under a prefix ending in `/`.
+///
+/// # Errors
+///
+/// `usage` for an empty name, which would be the prefix of all members: somebody's variable was not set.
 pub fn resolve(stores: &Stores, scan: &Scan, name: &str) -> Result<Vec<NodeId>> {
+    if name.is_empty() {
+        return Err(StoreError::Usage { detail: "a member's name is empty".to_owned() });
+    }
     let (store, path) = split_store(stores, name);
     let in_store = |id: &NodeId| store.is_none_or(|index| scan.graph.node(*id).key.store == index);
     let candidates = || scan.graph.ids().filter(in_store);

@@ -227,6 +227,18 @@ fn broken_chains_are_refused_by_name() {
     assert!(message.contains("snapshots/2/7/b"), "{message}");
 }
 
+/// An unset variable of somebody's script is no prefix of all members.
+#[test]
+fn an_empty_name_stands_for_nothing() {
+    let world = World::opted_in();
+    world.refuses(&["", "--assume-deleted"], 2, "usage");
+    world.refuses(&["b", "", "--assume-deleted"], 2, "usage");
+    for verb in ["list", "verify", "adopt", "map", "digest"] {
+        let (exit, document) = world.run(&[verb, ""]);
+        assert_eq!((exit, document["error"]["code"].as_str()), (2, Some("usage")), "{verb}: {document}");
+    }
+}
+
 #[test]
 fn a_member_that_qemu_writes_is_busy() {
     let world = World::opted_in();
