@@ -9,7 +9,7 @@ use crate::backend::{Backend, BackendError, FileKind, StoreFile};
 use crate::chain::graph::Key;
 use crate::change::decided::Decided;
 use crate::change::error::{ChangeError, Result};
-use crate::change::keep::{Kept, keep, release, sync_all};
+use crate::change::keep::{Kept, keep, name_if_free, release, sync_all};
 use crate::change::operation::Operation;
 use crate::change::publication::{Published, stat};
 use crate::change::record::{CheckpointEdit, Mark};
@@ -195,10 +195,11 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
             original
         } else {
             let new = set_parent(&bytes, edit.parent.as_deref()).map_err(fail)?;
-            let temporary = temporary(at, decided, edit, index, &new)?;
-            release(at, &temporary)?;
-            write(at, &temporary, &new, old.as_ref())?;
-            temporary
+            match stage(at, decided, edit, index, &new, old.as_ref())? {
+                Some(temporary) => temporary,
+                // Another instance is at it.
+                None => continue,
+            }
         };
         if exchange(at, decided, &from, path, &edit.kept, (&bytes, &mark))? {
             return Ok(true);
@@ -261,8 +262,30 @@ fn read(at: &At<'_>, name: &StorePath) -> Result<Option<(Vec<u8>, Mark)>> {
     }
 }
 
-/// Where an edited file is written. The name tells its bytes: whoever finds another file there after a crash knows
-/// whether the edited one still has the other name.
+/// Writes an edited file and gives it the name that tells its bytes. That name all instances have in common: one that was
+/// stopped may go on with it after another one made it anew, so it never stands for a file that is not whole. `None` if
+/// another instance has it for something else just now.
+fn stage(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    edit: &CheckpointEdit,
+    index: usize,
+    new: &[u8],
+    old: &dyn StoreFile,
+) -> Result<Option<StorePath>> {
+    let temporary = temporary(at, decided, edit, index, new)?;
+    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
+    let unique = format!("staged-{index}-{:032x}", decided.site.clock.unique());
+    let own = yard.temporary(decided.id(), &unique);
+    write(at, &own, new, old)?;
+    release(at, &temporary)?;
+    name_if_free(at, &own, &temporary, "make a temporary for")?;
+    release(at, &own)?;
+    Ok(read(at, &temporary)?.is_some_and(|(found, _)| found == new).then_some(temporary))
+}
+
+/// The name of an edited file before it has its place. It tells the file's bytes: whoever finds another file there after
+/// a crash knows whether the edited one still has the other name.
 fn temporary(
     at: &At<'_>,
     decided: &Decided<'_>,
