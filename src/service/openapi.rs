@@ -37,6 +37,8 @@ pub fn document() -> Value {
     value["security"] = json!([{"bearer": []}]);
     value["components"]["securitySchemes"] = json!({"bearer": {"type": "http", "scheme": "bearer"}});
     value["components"]["schemas"]["Problem"] = problem();
+    tell_kinds(&mut value["components"]["schemas"]);
+    tell_ranges(&mut value);
     if let Some(paths) = value["paths"].as_object_mut() {
         for operation in
             paths.values_mut().filter_map(Value::as_object_mut).flat_map(|path| path.values_mut())
@@ -50,6 +52,52 @@ pub fn document() -> Value {
 fn problem() -> Value {
     use utoipa::PartialSchema as _;
     serde_json::to_value(ProblemBody::schema()).unwrap_or_default()
+}
+
+/// Puts the word that tells kinds of jobs apart among each kind's own properties: as derived it stands beside them, while
+/// they allow no other, so that nothing would be a job.
+fn tell_kinds(schemas: &mut Value) {
+    let Some(variants) = schemas["JobRequest"]["oneOf"].as_array_mut().map(std::mem::take) else { return };
+    let mut kinds = Vec::new();
+    let mut mapping = serde_json::Map::new();
+    for variant in variants {
+        let (reference, tag) = (&variant["allOf"][0]["$ref"], &variant["allOf"][1]["properties"]["kind"]);
+        if let Some(name) = reference.as_str().and_then(|path| path.rsplit('/').next()) {
+            let own = &mut schemas[name];
+            own["properties"]["kind"] = tag.clone();
+            match own["required"].as_array_mut() {
+                Some(required) => required.push(json!("kind")),
+                None => own["required"] = json!(["kind"]),
+            }
+        }
+        if let Some(word) = tag["enum"][0].as_str() {
+            mapping.insert(word.to_owned(), reference.clone());
+        }
+        kinds.push(json!({"$ref": reference}));
+    }
+    schemas["JobRequest"]["oneOf"] = Value::Array(kinds);
+    schemas["JobRequest"]["discriminator"] = json!({"propertyName": "kind", "mapping": mapping});
+}
+
+/// Says of what is never below 0 that it is unsigned: as derived its format would end at half of what is taken. Of events
+/// says nothing but that they are: what each has is the stream's own form.
+fn tell_ranges(value: &mut Value) {
+    match value {
+        Value::Array(values) => values.iter_mut().for_each(tell_ranges),
+        Value::Object(map) => {
+            if map.get("minimum").is_some_and(|least| *least == json!(0))
+                && let Some(Value::String(format)) = map.get_mut("format")
+                && format.starts_with("int")
+            {
+                format.insert(0, 'u');
+            }
+            if let Some(Value::Object(events)) = map.get_mut("text/event-stream") {
+                events.remove("schema");
+            }
+            map.values_mut().for_each(tell_ranges);
+        }
+        _ => {}
+    }
 }
 
 /// Adds what any route may fail with to one operation.

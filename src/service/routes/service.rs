@@ -59,28 +59,36 @@ pub async fn openapi(_: Reader) -> Response {
 }
 
 /// What all jobs together may do.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     /// The most bytes that are moved a second; 0 for no limit.
     rate_bytes_per_second: u64,
 }
 
+/// The limits that hold.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct LimitsInForce {
+    /// The most bytes that are moved a second; 0 for no limit.
+    rate_bytes_per_second: u64,
+}
+
 /// The limits that hold now.
-#[utoipa::path(get, path = "/v1/limits", tag = "service", responses((status = 200, description = "The limits", body = Limits)))]
+#[utoipa::path(get, path = "/v1/limits", tag = "service", responses((status = 200, description = "The limits", body = LimitsInForce)))]
 pub async fn limits(_: Reader, State(service): State<Shared>) -> Response {
-    document(&Limits { rate_bytes_per_second: service.pace.bytes_per_second() })
+    document(&LimitsInForce { rate_bytes_per_second: service.pace.bytes_per_second() })
 }
 
 /// Changes the limits, also of jobs that run, until the service ends.
 #[utoipa::path(put, path = "/v1/limits", tag = "service", request_body = Limits,
-    responses((status = 200, description = "The limits that hold from now on", body = Limits)))]
+    responses((status = 200, description = "The limits that hold from now on", body = LimitsInForce)))]
 pub async fn set_limits(
     Admin(caller): Admin,
     State(service): State<Shared>,
     Body(limits): Body<Limits>,
 ) -> Response {
-    service.pace.set(limits.rate_bytes_per_second);
-    tracing::info!(by = caller.name, rate = limits.rate_bytes_per_second, "the limit was changed");
-    document(&limits)
+    let rate_bytes_per_second = limits.rate_bytes_per_second;
+    service.pace.set(rate_bytes_per_second);
+    tracing::info!(by = caller.name, rate = rate_bytes_per_second, "the limit was changed");
+    document(&LimitsInForce { rate_bytes_per_second })
 }
