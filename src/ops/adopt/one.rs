@@ -99,6 +99,7 @@ impl Context<'_> {
             qcow2: measured.facts,
             made_ns: self.request.now_ns,
             quarantine: None,
+            replica: before.and_then(|before| before.replica.clone()),
         };
         self.write(store, &manifest)?;
         Ok(Taken { manifest, leaves, new: true })

@@ -65,7 +65,7 @@ fn orphan(ground: &Ground<'_>, id: NodeId, member: &Member) -> Option<AuditFindi
     // A row of another hypervisor, or of another role, is a row all the same.
     let url = store.config().url.as_ref().map(ToString::to_string);
     let records = ground.options.records?;
-    if records.lookup(member.key.path.as_str(), url.as_deref()).is_some() {
+    if records.lookup(member.key.path.as_str(), url.as_deref()).is_some() || ground.is_replica(id) {
         return None;
     }
     let message = if ground.is_read(id) {

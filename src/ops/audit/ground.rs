@@ -13,6 +13,7 @@ use crate::failure::Code;
 use crate::ids::StorePath;
 use crate::progress::Cancel;
 use crate::store::Stores;
+use crate::store::manifest::shelf::{Shelf, known};
 use crate::store::rows::RowMap;
 use crate::store::scan::{Finding, Member, Scan};
 
@@ -27,6 +28,8 @@ pub struct Ground<'a> {
     leaving: BTreeSet<NodeId>,
     /// Stores of rows that were told by their files, by the uuid in the row.
     told: HashMap<&'a str, usize>,
+    /// What is known of members, if there are rows; as for `list`, what cannot be read is as if it were not there.
+    shelves: Vec<Shelf>,
 }
 
 impl<'a> Ground<'a> {
@@ -51,7 +54,8 @@ impl<'a> Ground<'a> {
                 }
             }
         }
-        Self { stores, scan, options, rows, leaving, told }
+        let shelves = if rows.is_some() { Shelf::load_all(stores).unwrap_or_default() } else { Vec::new() };
+        Self { stores, scan, options, rows, leaving, told, shelves }
     }
 
     /// A member's name.
@@ -92,6 +96,12 @@ impl<'a> Ground<'a> {
     /// Whether a member was deleted and waits for the end of its grace.
     pub fn leaves(&self, id: NodeId) -> bool {
         self.leaving.contains(&id)
+    }
+
+    /// Whether a member was copied from another zone or store: no row here need name it.
+    pub fn is_replica(&self, id: NodeId) -> bool {
+        known(self.stores, self.scan, &self.shelves, id)
+            .is_ok_and(|known| known.manifest().is_some_and(|manifest| manifest.replica.is_some()))
     }
 
     /// Whether a member that stays reads through this one.

@@ -9,6 +9,10 @@
 //! gaps, each in whole clusters: header, L1 table, refcount table, refcount blocks, those L2 tables that have an entry,
 //! units in the order of the guest; behind the view's end the last cluster is zeros. Raw: the view itself.
 //!
+//! A *delta* ([`Canonical::over`]) is laid out the same way over a backing file: units that hold something else than what
+//! lies below are stored whole, those that hold zeros where something lies below have entries that say so, all others
+//! have none. It is a function of both sets, the size, the cluster size and the backing name.
+//!
 //! Memory: a bit a unit stored, in chunks (see [`hostset`](super::hostset)): 2.4 MiB a TiB stored, at most 36 MiB for
 //! 16 TiB of which every 256th MiB holds something; besides a bit an L2 table.
 
@@ -18,7 +22,7 @@ use crate::qcow2::format;
 use crate::qcow2::header::CompressionType;
 use crate::qcow2::layout::geometry::{Amounts, Geometry};
 use crate::qcow2::layout::hostset::{Collecting, HostSet};
-use crate::qcow2::layout::{ImageOptions, bad, header};
+use crate::qcow2::layout::{Backing, ImageOptions, bad, header};
 use crate::qcow2::refcount::RefcountWidth;
 use crate::units::{BLOCK_BYTES, ClusterBits};
 
@@ -116,6 +120,8 @@ pub struct Canonical {
     virtual_size: u64,
     form: Form,
     units: HostSet,
+    /// Units that are zeros where something lies below; disjoint from `units`.
+    zeros: HostSet,
     tables: Option<Tables>,
     length: u64,
 }
@@ -151,16 +157,41 @@ impl Canonical {
     /// Fails if the format's limits do not allow it (`huge-table`).
     pub fn new(virtual_size: u64, form: Form, units: HostSet) -> Result<Self> {
         let Form::Qcow2(bits) = form else {
-            return Ok(Self { virtual_size, form, units, tables: None, length: virtual_size });
+            let zeros = HostSet::default();
+            return Ok(Self { virtual_size, form, units, zeros, tables: None, length: virtual_size });
         };
+        Self::tables(virtual_size, bits, units, HostSet::default(), None)
+    }
+
+    /// Plans the delta over `backing` that holds `units`, and zeros in the units `zeros`, which are others.
+    ///
+    /// Fails if the format's limits do not allow it (`huge-table`), or the name has no room in the header's cluster.
+    pub fn over(
+        virtual_size: u64,
+        bits: ClusterBits,
+        units: HostSet,
+        zeros: HostSet,
+        backing: Backing,
+    ) -> Result<Self> {
+        Self::tables(virtual_size, bits, units, zeros, Some(backing))
+    }
+
+    fn tables(
+        virtual_size: u64,
+        bits: ClusterBits,
+        units: HostSet,
+        zeros: HostSet,
+        backing: Option<Backing>,
+    ) -> Result<Self> {
+        let form = Form::Qcow2(bits);
         let unit = form.unit_bytes();
-        let options = form.options(virtual_size, CompressionType::Zlib);
+        let options = ImageOptions { backing, ..form.options(virtual_size, CompressionType::Zlib) };
         let covered = bits.bytes() * (bits.bytes() / 8);
         let l1_entries = virtual_size.div_ceil(covered);
         if l1_entries * 8 > format::MAX_L1_BYTES {
             return Err(super::geometry::too_large("its L1 table would pass 32 MiB"));
         }
-        let present = tables_of(virtual_size, &units, unit, covered);
+        let present = tables_of(virtual_size, [&units, &zeros], unit, covered);
         let stored = stored_bytes(virtual_size, &units, unit, bits);
         let amounts = Amounts {
             l1_entries,
@@ -175,7 +206,7 @@ impl Canonical {
         let head = header::encode(&options, 3, l1_entries, &geometry)?;
         let length = geometry.end;
         let tables = Some(Tables { bits, geometry, l1_entries, present, head });
-        Ok(Self { virtual_size, form, units, tables, length })
+        Ok(Self { virtual_size, form, units, zeros, tables, length })
     }
 
     /// The length of the file in bytes.
@@ -200,6 +231,12 @@ impl Canonical {
     #[must_use]
     pub fn units(&self) -> &HostSet {
         &self.units
+    }
+
+    /// Which units are zeros where something lies below.
+    #[must_use]
+    pub fn zeros(&self) -> &HostSet {
+        &self.zeros
     }
 
     /// How many L2 tables it has.
@@ -320,25 +357,29 @@ impl Canonical {
         words(part, within, |index| {
             let guest = (first + index) * size;
             let found = guest / unit;
-            let rank = match known {
-                Some((seen, rank)) if seen == found => rank,
-                _ => {
-                    let rank = self.units.rank(found)?;
-                    known = Some((found, rank));
-                    rank
-                }
+            let seen = known.filter(|(seen, _)| *seen == found).map(|(_, rank)| rank);
+            let Some(rank) = seen.or_else(|| self.units.rank(found)) else {
+                let zero = first + index < clusters && self.zeros.contains(found);
+                return zero.then_some(format::ENTRY_ZERO);
             };
+            known = Some((found, rank));
             let host = tables.geometry.composed + rank * unit + guest % unit;
             (first + index < clusters).then_some(host | format::ENTRY_COPIED)
         });
     }
 }
 
-/// The L2 tables in which units have entries.
-fn tables_of(virtual_size: u64, units: &HostSet, unit: u64, covered: u64) -> HostSet {
+/// The L2 tables in which units of two disjoint sets have entries.
+fn tables_of(virtual_size: u64, [units, zeros]: [&HostSet; 2], unit: u64, covered: u64) -> HostSet {
     let mut set = Collecting::default();
     let mut next = 0;
-    for (first, count) in units.runs() {
+    let (mut units, mut zeros) = (units.runs().peekable(), zeros.runs().peekable());
+    let ascending = std::iter::from_fn(|| match (units.peek(), zeros.peek()) {
+        (Some(unit), Some(zero)) if zero.0 < unit.0 => zeros.next(),
+        (Some(_), _) => units.next(),
+        (None, _) => zeros.next(),
+    });
+    for (first, count) in ascending {
         let from = (first * unit / covered).max(next);
         let behind = ((first + count) * unit).min(virtual_size).div_ceil(covered);
         if from < behind {

@@ -199,11 +199,15 @@ struct Window {
 impl LeafFile {
     /// Opens a table and reads all of it once: what it says from then on is what was written.
     pub fn open(backend: &dyn Backend, mark: &TableMark) -> Result<Self> {
-        let path = path(&mark.name);
+        Self::open_at(backend, &path(&mark.name), mark)
+    }
+
+    /// As [`LeafFile::open`], of one that lies elsewhere: it came from somebody else.
+    pub fn open_at(backend: &dyn Backend, path: &StorePath, mark: &TableMark) -> Result<Self> {
         let name = mark.name.clone();
         let failed = |source| LeafError::Store { name: name.clone(), source };
         let fault = |source| LeafError::Fault { name: name.clone(), source };
-        let file = backend.open(&path).map_err(failed)?;
+        let file = backend.open(path).map_err(failed)?;
         let length = file.stat().map_err(failed)?.length;
         if length < HEAD_BYTES + FOOT_BYTES {
             return Err(fault(TableFault::Length { found: length }));

@@ -123,6 +123,15 @@ pub struct Quarantine {
     pub blocks: Vec<Blocks>,
 }
 
+/// Where a member was copied from. No row of CloudStack's here need name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// The zone or store, as it is called here.
+    pub from: String,
+    /// The member there.
+    pub member: String,
+}
+
 /// What is known of a member's content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -156,6 +165,9 @@ pub struct Manifest {
     /// Known damage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quarantine: Option<Quarantine>,
+    /// Where it was copied from, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<Replica>,
 }
 
 /// The form on disk: the body as text, and its BLAKE3.
@@ -244,6 +256,7 @@ mod tests {
             },
             made_ns: 1,
             quarantine: None,
+            replica: None,
         }
     }
 

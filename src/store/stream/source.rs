@@ -151,6 +151,12 @@ impl Source {
         self.known.as_ref().map(|known| known.digest)
     }
 
+    /// What is known of the members, newest first; nothing unless every member is adopted and is what it was.
+    #[must_use]
+    pub fn manifests(&self) -> &[Manifest] {
+        self.known.as_ref().map_or(&[], |known| &known.manifests)
+    }
+
     /// Why there is no digest.
     #[must_use]
     pub fn missing(&self) -> Option<&str> {
