@@ -14,6 +14,7 @@
 //! | [`store`] | what lies on a share: scan, names, opened chains |
 //! | [`change`] | changing a share safely: locks, publishing order |
 //! | [`ops`] | the verbs: plan, run, report |
+//! | [`peer`] | messages between zones, and the client |
 //! | [`service`] | verbs as durable jobs over HTTP |
 //! | [`cli`] | the same for a terminal |
 //!
@@ -31,6 +32,7 @@ pub mod digest;
 pub mod failure;
 pub mod ids;
 pub mod ops;
+pub mod peer;
 pub mod progress;
 pub mod qcow2;
 pub mod service;

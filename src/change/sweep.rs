@@ -20,6 +20,10 @@ use crate::store::{Result as StoreResult, StoreError};
 /// nobody of this host is at work: another host may just be writing one. One day.
 const UNKNOWN_NS: i128 = 86_400_000_000_000;
 
+/// What the names of copies in the making begin with: they are continued by the next try, and go when they were left
+/// alone for as long as any other's.
+pub const COPY_PREFIX: &str = "copy";
+
 /// Removes all temporaries of one operation.
 pub fn temporaries_of(site: &Site<'_>, operation: &OperationId) -> Result<()> {
     for (_, store) in site.stores.iter() {
@@ -101,6 +105,9 @@ pub fn strays(site: &Site<'_>) -> Result<u64> {
                 true
             }
             _ if is_kept => false,
+            _ if name.split('.').next() == Some(COPY_PREFIX) => {
+                parent.join(&name).is_ok_and(|path| is_old(site, index, &path))
+            }
             _ => is_alone(site, index)? || parent.join(&name).is_ok_and(|path| is_old(site, index, &path)),
         };
         if goes {

@@ -16,6 +16,7 @@ use crate::change::{Clock as _, Site, SystemClock};
 use crate::failure::Code;
 use crate::ops::delete::InPlacePolicy;
 use crate::ops::policy::Policy;
+use crate::peer::Zone;
 use crate::progress::{Cancel, Progress};
 use crate::store::caches::Caches;
 use crate::store::connect::connect;
@@ -72,6 +73,12 @@ impl Context {
     /// The bytes given back so far.
     pub fn freed_bytes(&self) -> u64 {
         self.freed_bytes.get()
+    }
+
+    /// Another zone of the configuration.
+    pub fn zone(&self, name: &str) -> Option<Zone> {
+        let zone = self.settings.zones.get(name)?;
+        Some(zone.named(name))
     }
 
     /// This process, where it changes those stores.

@@ -15,6 +15,7 @@ mod config;
 mod config_check;
 mod consolidate;
 mod context;
+mod copy;
 mod delete;
 mod digest;
 mod docs;
@@ -128,6 +129,9 @@ enum Command {
     /// Make one image of a member's view that stands alone: a file, a template, a volume, a stream
     #[command(after_help = flatten::HELP)]
     Flatten(flatten::Args),
+    /// Bring members from another zone or store: what is missing, proved on arrival
+    #[command(after_help = copy::HELP)]
+    Copy(copy::Args),
     /// Show what was deleted, until when it can be undone, what is kept for that
     History(history::Args),
     /// Take a delete back, whole
@@ -181,6 +185,7 @@ fn dispatch(cli: &Cli, cancel: &crate::progress::Cancel) -> Result<Exit> {
             })
         }
         Command::Flatten(args) => flatten::run(&context()?, args),
+        Command::Copy(args) => copy::run(&context()?, args),
         Command::History(args) => history::run(&context()?, args),
         Command::Undo(args) => {
             metrics::run(context(), "undo", &args.metrics, true, |context| undo::run(context, args))

@@ -274,6 +274,16 @@ pub struct Zone {
     pub url: String,
     /// The file with the token to show there.
     pub token_file: Option<PathBuf>,
+    /// The certificate that its own must lead to, a PEM file.
+    pub certificate: Option<PathBuf>,
+}
+
+impl Zone {
+    /// With its name.
+    pub fn named(&self, name: &str) -> crate::peer::Zone {
+        let Self { url, token_file, certificate } = self.clone();
+        crate::peer::Zone { name: name.to_owned(), url, token_file, certificate }
+    }
 }
 
 /// A duration as text.
@@ -411,6 +421,7 @@ mod tests {
         [zones.east]
         url = "https://qchain.east.example.org:7420"
         token_file = "/etc/qchain/east.token"
+        certificate = "/etc/qchain/east.pem"
     "#;
 
     #[test]

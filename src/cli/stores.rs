@@ -28,6 +28,11 @@ pub fn configured(flags: &[String], settings: &[StoreSettings]) -> Result<Vec<St
     named.into_iter().map(|text| of_settings(&of_flag(text, settings)?)).collect()
 }
 
+/// A store that is given by its place, beside those of the call.
+pub fn other(text: &str, settings: &[StoreSettings]) -> Result<StoreConfig> {
+    of_settings(&of_flag(text, settings)?)
+}
+
 /// Reads `DIR_OR_EXPORT[,id=ID][,url=URL][,alias=PREFIX][,layout=primary]...`; a directory or an export without a mount
 /// that the configuration knows keeps what is said of it there.
 fn of_flag(text: &str, settings: &[StoreSettings]) -> Result<StoreSettings> {

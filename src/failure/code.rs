@@ -570,6 +570,21 @@ codes! {
         "The server of an nfs:// store cannot be found, connected to, or did not answer within the time-out of the store's URL.",
         "None for the store: it is only read. What was not read is not known.",
         "See that the server runs, that host, port and mountport are right, and that no firewall is between; a slow server may need a longer ?timeout=.";
+    /// Another zone does not answer, or the connection failed.
+    PeerUnreachable = "peer-unreachable", Error,
+        "The service of another zone cannot be reached, did not answer in time, or the connection was cut again and again.",
+        "None: what came so far is kept for a day, and the next try goes on from there.",
+        "See that the service runs there, that [zones.NAME] has its URL and certificate, and that no firewall is between; then run the copy again.";
+    /// Another zone said what cannot be.
+    PeerWrong = "peer-wrong", Error,
+        "What another zone sent is not what it had announced: leaves or blocks that do not hash to what they should, more bytes than there are, or an answer that is none.",
+        "None here: nothing of the member was kept. The other zone, or somebody in between, is broken or hostile.",
+        "Run verify --level data there; see that the certificate in [zones.NAME] is the right one.";
+    /// A name at the destination stands for another view.
+    OtherView = "other-view", Error,
+        "A member that is to come has a name that is taken here, by a file with another view.",
+        "None; nothing was replaced.",
+        "Give the file here another name or delete it, or copy to another account and volume with --map.";
     /// The service does not know who asks.
     Unauthorized = "unauthorized", Error,
         "The request had no bearer token that the service knows.",

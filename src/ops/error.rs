@@ -55,6 +55,20 @@ pub enum OpError {
         /// Bytes needed.
         needed_bytes: u64,
     },
+    /// Another zone, or what is between, failed or refused.
+    #[error("{peer}: {message}")]
+    Peer {
+        /// The zone or store, as it is called here.
+        peer: String,
+        /// What kind of failure it is.
+        kind: Kind,
+        /// The reason: the peer's own, or what it is to blame for.
+        code: Code,
+        /// What happened.
+        message: String,
+        /// Whether the same may be asked again.
+        again: bool,
+    },
     /// Stopped on request.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
@@ -99,7 +113,7 @@ impl Failure for OpError {
             Self::Delete(error) => error.kind(),
             Self::Change(error) => error.kind(),
             Self::Refused { code, .. } => refusal_kind(*code),
-            Self::Decided { kind, .. } => *kind,
+            Self::Decided { kind, .. } | Self::Peer { kind, .. } => *kind,
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Cancelled(_) => Kind::Cancelled,
         }
@@ -111,7 +125,7 @@ impl Failure for OpError {
             Self::Image(error) => error.code(),
             Self::Delete(error) => error.code(),
             Self::Change(error) => error.code(),
-            Self::Refused { code, .. } => *code,
+            Self::Refused { code, .. } | Self::Peer { code, .. } => *code,
             Self::Decided { .. } => Code::Decided,
             Self::NoSpace { .. } => Code::NoSpace,
             Self::Cancelled(_) => Code::Cancelled,
@@ -127,7 +141,7 @@ impl Failure for OpError {
             Self::Refused { member, .. } | Self::Decided { member, .. } => {
                 Some(member.as_str()).filter(|member| !member.is_empty())
             }
-            Self::NoSpace { .. } | Self::Cancelled(_) => None,
+            Self::NoSpace { .. } | Self::Peer { .. } | Self::Cancelled(_) => None,
         }
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod adopt;
 pub mod audit;
+pub mod copy;
 pub mod delete;
 pub mod digest;
 pub mod document;

@@ -9,6 +9,7 @@ mod cli_read;
 mod conformance;
 mod consolidate;
 mod consolidate_rows;
+mod copy_stores;
 mod crash_errors;
 mod crash_foreign;
 mod crash_incoming;

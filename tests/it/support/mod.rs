@@ -31,3 +31,4 @@ pub mod store;
 pub mod volume;
 pub mod world;
 pub mod writer;
+pub mod zones;

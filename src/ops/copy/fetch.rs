@@ -1,0 +1,216 @@
+//! Asking a peer, many requests at once: each answer is checked as it comes, and what was taken stays taken however the
+//! rest of it ends.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::Work;
+use super::offer::{LineMember, MOST_BLOCKS, MOST_TABLE_BYTES};
+use super::peer::{Peer, wrong};
+use crate::backend::StoreFile;
+use crate::digest::leaf;
+use crate::ids::Digest;
+use crate::ops::{OpError, Result};
+use crate::store::manifest::Blocks;
+use crate::units::BLOCK_BYTES;
+
+/// How often the same is asked for, if nothing of it came.
+const TRIES: u32 = 5;
+/// How long to wait before the second try, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// How many ranges one request has at most.
+const MOST_RANGES: usize = 128;
+
+/// Whether the same may be asked for again: the line failed, or changed what was sent.
+fn may_repeat(error: &OpError) -> bool {
+    matches!(error, OpError::Peer { again: true, .. })
+}
+
+/// Does something until it is done, or fails for a reason that stays, or came to nothing several times in a row. What is
+/// done says of each try whether it came any further.
+pub fn stubbornly<T>(work: &Work<'_>, mut once: impl FnMut(&mut bool) -> Result<T>) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        work.cancel.check()?;
+        let mut further = false;
+        match once(&mut further) {
+            Err(error) if may_repeat(&error) => {
+                tries = if further { 0 } else { tries + 1 };
+                if tries >= TRIES {
+                    return Err(error);
+                }
+                tracing::debug!("asked again: {error}");
+                std::thread::sleep((FIRST_PAUSE * (1 << tries)).min(LONGEST_PAUSE));
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Works on items with so many threads, in their order; the first failure ends all.
+pub fn at_once<I: Send>(
+    count: usize,
+    items: impl Iterator<Item = Result<I>> + Send,
+    work: impl Fn(I) -> Result<()> + Sync,
+) -> Result<()> {
+    let items = Mutex::new(items);
+    let failed: Mutex<Option<OpError>> = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..count.max(1) {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let Some(item) = items.lock().unwrap_or_else(PoisonError::into_inner).next() else {
+                        break;
+                    };
+                    if let Err(error) = item.and_then(&work) {
+                        stop.store(true, Ordering::Relaxed);
+                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Brings a member's leaf table into a file.
+pub fn table(peer: &dyn Peer, of: &LineMember, file: &dyn StoreFile, work: &Work<'_>) -> Result<()> {
+    let pieces = (0..of.table_bytes.div_ceil(MOST_TABLE_BYTES)).map(|number| {
+        let offset = number * MOST_TABLE_BYTES;
+        Ok((offset, MOST_TABLE_BYTES.min(of.table_bytes - offset)))
+    });
+    at_once(peer.at_once(), pieces, |(offset, length)| {
+        work.pace.spend(length, work.cancel);
+        stubbornly(work, |_| {
+            let bytes = peer.table(of, offset, length)?;
+            if bytes.len() as u64 != length {
+                return Err(wrong(peer.name(), "it gave another length of a leaf table than was asked for"));
+            }
+            file.write_at(offset, &bytes).map_err(failed(file))
+        })
+    })
+}
+
+/// Neighbours that are asked for together, with what they hash to.
+#[derive(Debug)]
+pub struct Piece {
+    most: usize,
+    ranges: Vec<Blocks>,
+    leaves: Vec<Digest>,
+}
+
+impl Piece {
+    /// One with room for so many blocks.
+    pub fn new(most: u64) -> Self {
+        let most = usize::try_from(most.clamp(1, MOST_BLOCKS)).unwrap_or(1);
+        Self { most, ranges: Vec::new(), leaves: Vec::new() }
+    }
+
+    /// Adds neighbours; gives how many of them it has no room for.
+    pub fn add(&mut self, first: u64, leaves: &[Digest]) -> usize {
+        if self.ranges.len() >= MOST_RANGES {
+            return leaves.len();
+        }
+        let room = self.most.saturating_sub(self.leaves.len());
+        let taken = leaves.get(..room.min(leaves.len())).unwrap_or_default();
+        if !taken.is_empty() {
+            self.ranges.push(Blocks { first, count: taken.len() as u64 });
+            self.leaves.extend_from_slice(taken);
+        }
+        leaves.len() - taken.len()
+    }
+
+    /// Whether it has nothing.
+    pub fn is_empty(&self) -> bool {
+        self.leaves.is_empty()
+    }
+
+    /// Its blocks with their leaves, but for those that are done, by their place in it.
+    fn rest(&self, done: &[bool]) -> Vec<(usize, u64, Digest)> {
+        let blocks = self.ranges.iter().flat_map(|range| range.first..range.first + range.count);
+        let all = blocks.zip(&self.leaves).zip(done).enumerate();
+        all.filter(|(_, (_, done))| !**done).map(|(at, ((block, leaf), _))| (at, block, *leaf)).collect()
+    }
+}
+
+/// Neighbours as ranges.
+fn ranges(rest: &[(usize, u64, Digest)]) -> Vec<Blocks> {
+    let mut ranges: Vec<Blocks> = Vec::new();
+    for (_, block, _) in rest {
+        match ranges.last_mut() {
+            Some(last) if last.first + last.count == *block => last.count += 1,
+            _ => ranges.push(Blocks { first: *block, count: 1 }),
+        }
+    }
+    ranges
+}
+
+/// Asks for blocks until all of them came; gives each on that hashes to what it should. One that does not is asked for
+/// again, without those that do.
+pub fn blocks(
+    peer: &dyn Peer,
+    of: &LineMember,
+    piece: &Piece,
+    work: &Work<'_>,
+    mut take: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut done = vec![false; piece.leaves.len()];
+    stubbornly(work, |further| {
+        let rest = piece.rest(&done);
+        let mut bad = None;
+        let mut expected = rest.iter();
+        work.pace.spend(rest.len() as u64 * BLOCK_BYTES, work.cancel);
+        peer.blocks(of, &ranges(&rest), &mut |block, bytes| {
+            let Some((at, _, wanted)) = expected.next().filter(|(_, wanted, _)| *wanted == block) else {
+                return Err(wrong(peer.name(), format!("it gave block {block} of {}, out of turn", of.name)));
+            };
+            if leaf(bytes) == *wanted {
+                take(block, bytes)?;
+                if let Some(done) = done.get_mut(*at) {
+                    *done = true;
+                }
+                *further = true;
+            } else {
+                bad = Some(block);
+            }
+            Ok(work.cancel.check()?)
+        })?;
+        let missing = bad.or(expected.next().map(|(_, block, _)| *block));
+        missing.map_or(Ok(()), |block| {
+            Err(wrong(peer.name(), format!("block {block} of {} is not what its leaf says", of.name)))
+        })
+    })
+}
+
+/// What a file of this side failed with.
+pub fn failed(file: &dyn StoreFile) -> impl Fn(crate::backend::BackendError) -> OpError + use<> {
+    let store = file.path().to_string();
+    move |source| crate::store::StoreError::Backend { store: store.clone(), source }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Piece, ranges};
+    use crate::ids::Digest;
+
+    #[test]
+    fn a_piece_knows_what_is_left_of_it() {
+        let mut piece = Piece::new(u64::MAX);
+        assert_eq!(piece.add(10, &[Digest([1; 32]); 3]), 0);
+        assert_eq!(piece.add(20, &[Digest([2; 32]); 200]), 200 - 61);
+        let mut done = [false; 64];
+        let rest = |done: &[bool]| -> Vec<(u64, u64)> {
+            ranges(&piece.rest(done)).iter().map(|one| (one.first, one.count)).collect()
+        };
+        assert_eq!(rest(&done), [(10, 3), (20, 61)]);
+        done[..2].fill(true);
+        assert_eq!(rest(&done), [(12, 1), (20, 61)]);
+        done[4] = true;
+        assert_eq!(rest(&done), [(12, 1), (20, 1), (22, 59)]);
+        done[2..].fill(true);
+        assert_eq!(rest(&done), []);
+    }
+}
