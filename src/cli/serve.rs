@@ -63,6 +63,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         policy: context.policy(),
         schedule: schedule(settings),
         rows,
+        zones: settings.zones.iter().map(|(name, zone)| zone.named(name)).collect(),
         read_only: context.is_read_only(),
     })?;
     Ok(Exit::DONE)

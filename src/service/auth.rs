@@ -1,7 +1,8 @@
 //! Bearer tokens: who may do what.
 //!
 //! The file has one token a line: `NAME SCOPE SECRET`, `#` for remarks. `SCOPE` is `read`, `operate` or `admin`, each
-//! allowing what those before it do. `SECRET` is `blake3:` and 64 hex digits, the BLAKE3 of the token, or the token
+//! allowing what those before it do; or `peer`, for another zone: it may copy members and nothing else, with
+//! `peer:ACCOUNT,ACCOUNT` those of these accounts alone. `SECRET` is `blake3:` and 64 hex digits, the BLAKE3 of the token, or the token
 //! itself, at least 16 characters. The file must not be readable by others. Nothing of a token is ever logged.
 
 use std::fmt;
@@ -25,7 +26,9 @@ const HASHED: &str = "blake3:";
 /// How far a token reaches. Each allows what those before it do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
-    /// Look at everything.
+    /// Copy members to another zone, and nothing else.
+    Peer,
+    /// Look at everything, but for what is in members.
     Read,
     /// Have verbs run.
     Operate,
@@ -35,13 +38,14 @@ pub enum Scope {
 
 impl Scope {
     fn parse(text: &str) -> Option<Self> {
-        [Self::Read, Self::Operate, Self::Admin].into_iter().find(|scope| scope.word() == text)
+        [Self::Peer, Self::Read, Self::Operate, Self::Admin].into_iter().find(|scope| scope.word() == text)
     }
 
     /// The word in the file.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
+            Self::Peer => "peer",
             Self::Read => "read",
             Self::Operate => "operate",
             Self::Admin => "admin",
@@ -56,6 +60,29 @@ pub struct Caller {
     pub name: String,
     /// How far it reaches.
     pub scope: Scope,
+    /// Whose members may be copied with it; everybody's if there are none.
+    pub accounts: Vec<u64>,
+}
+
+impl Caller {
+    /// Whether what is in a member may be given away: who may look at chains may not read what is in them.
+    #[must_use]
+    pub fn may_copy(&self, account: Option<u64>) -> bool {
+        let whose = self.accounts.is_empty() || account.is_some_and(|own| self.accounts.contains(&own));
+        matches!(self.scope, Scope::Peer | Scope::Operate | Scope::Admin) && whose
+    }
+}
+
+/// A scope, and the accounts that it is for.
+fn reach(text: &str) -> Option<(Scope, Vec<u64>)> {
+    match text.split_once(':') {
+        None => Scope::parse(text).map(|scope| (scope, Vec::new())),
+        Some(("peer", accounts)) => {
+            let accounts = accounts.split(',').map(|account| account.parse().ok()).collect::<Option<_>>()?;
+            Some((Scope::Peer, accounts))
+        }
+        Some(_) => None,
+    }
 }
 
 struct Token {
@@ -99,8 +126,9 @@ impl Tokens {
                 [name, scope, secret] => (name, scope, secret),
                 _ => return Err(format!("line {}: not NAME SCOPE SECRET", at + 1)),
             };
-            let scope = Scope::parse(scope)
-                .ok_or_else(|| format!("line {}: {scope:?} is none of read, operate, admin", at + 1))?;
+            let (scope, accounts) = reach(scope).ok_or_else(|| {
+                format!("line {}: {scope:?} is none of read, operate, admin, peer, peer:ACCOUNT,...", at + 1)
+            })?;
             if name.len() > LONGEST_NAME || tokens.iter().any(|token| token.caller.name == name) {
                 return Err(format!("line {}: the name is too long, or taken", at + 1));
             }
@@ -110,7 +138,7 @@ impl Tokens {
                     at + 1
                 )
             })?;
-            tokens.push(Token { caller: Caller { name: name.to_owned(), scope }, hash });
+            tokens.push(Token { caller: Caller { name: name.to_owned(), scope, accounts }, hash });
         }
         if tokens.is_empty() { Err("it has no token".to_owned()) } else { Ok(Self(tokens)) }
     }
@@ -154,12 +182,27 @@ mod tests {
     }
 
     #[test]
+    fn peers_copy_and_do_nothing_else() {
+        let tokens = Tokens::parse(
+            "east peer plain-secret-token\nwest peer:2,7 other-secret-token\nmon read third-secret-token",
+        )
+        .unwrap();
+        let may = |token: &str, account| tokens.find(token).unwrap().may_copy(account);
+        assert!(may("plain-secret-token", Some(5)) && may("plain-secret-token", None));
+        assert!(may("other-secret-token", Some(7)) && !may("other-secret-token", Some(5)));
+        assert!(!may("other-secret-token", None) && !may("third-secret-token", Some(2)));
+        assert!(tokens.find("plain-secret-token").unwrap().scope < Scope::Read);
+    }
+
+    #[test]
     fn bad_files_are_told_without_their_secrets() {
         for bad in [
             "",
             "ops admin",
             "ops root plain-secret-token",
             "ops admin short-secret",
+            "ops read:2 plain-secret-token",
+            "ops peer:x plain-secret-token",
             "ops admin blake3:12",
             "a read plain-secret-token\na read other-secret-token",
         ] {

@@ -8,6 +8,7 @@ use super::schedule::Schedule;
 use crate::change::witness::Witness;
 use crate::ops::delete::InPlacePolicy;
 use crate::ops::policy::Policy;
+use crate::peer::Zone;
 use crate::store::StoreConfig;
 
 /// The certificate and key of a TLS server, PEM files. Read again at SIGHUP.
@@ -78,6 +79,8 @@ pub struct Config {
     pub schedule: Schedule,
     /// CloudStack's rows, for `reclaim`.
     pub rows: Option<RowSource>,
+    /// Other zones, which members may be copied from.
+    pub zones: Vec<Zone>,
     /// Nothing may be written to any store: jobs that change something are refused.
     pub read_only: bool,
 }

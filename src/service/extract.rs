@@ -18,6 +18,8 @@ pub struct Reader;
 pub struct Operator(pub Caller);
 /// Who asks, with the scope `admin`.
 pub struct Admin(pub Caller);
+/// Who asks, and may copy members: the scope `peer`, or at least `operate`.
+pub struct Copier(pub Caller);
 
 fn caller(parts: &Parts, service: &Shared, least: Scope) -> Result<Caller, Problem> {
     let unknown = |detail: &str| {
@@ -61,6 +63,20 @@ impl FromRequestParts<Shared> for Admin {
 
     async fn from_request_parts(parts: &mut Parts, service: &Shared) -> Result<Self, Problem> {
         caller(parts, service, Scope::Admin).map(Self)
+    }
+}
+
+impl FromRequestParts<Shared> for Copier {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, service: &Shared) -> Result<Self, Problem> {
+        let caller = caller(parts, service, Scope::Peer)?;
+        if caller.scope == Scope::Read {
+            let detail = format!("{} has the scope read; peer or operate is needed", caller.name);
+            let problem = Problem::new(Kind::Refused, Code::Forbidden, detail);
+            return Err(problem.with_status(StatusCode::FORBIDDEN));
+        }
+        Ok(Self(caller))
     }
 }
 

@@ -8,6 +8,7 @@
 //! | `extract` | what handlers take: who asks (`auth`), bodies, queries; each refusal a [`problem`] |
 //! | `jobs` | the queue, the workers, what each kind of job does |
 //! | `downloads` | images at signed URLs, by any range, with no file in between |
+//! | `peers` | members that other zones copy, kept open |
 //! | [`schedule`] | the jobs that the service makes by itself |
 //! | `view` | stores opened, scanned, resolved, off the asynchronous threads |
 //! | `page` | the page at `/`: static files that use the API |
@@ -33,6 +34,7 @@ mod jobs;
 mod metrics;
 mod openapi;
 mod page;
+mod peers;
 pub mod problem;
 mod routes;
 pub mod schedule;

@@ -133,13 +133,17 @@ async fn reload(service: Shared, tls: Option<Arc<Tls>>, mut hangup: Signal) {
     }
 }
 
-/// Closes images that nobody asks for any more.
+/// Closes images and offers that nobody asks for any more.
 async fn sweep(service: Shared) {
     loop {
         tokio::time::sleep(SWEEP_EVERY).await;
         let service = service.clone();
         // One that fails is made up for by the next.
-        let _ = tokio::task::spawn_blocking(move || service.downloads.images.sweep()).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            service.downloads.images.sweep();
+            service.offers.sweep();
+        })
+        .await;
     }
 }
 

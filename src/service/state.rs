@@ -13,6 +13,7 @@ use super::error::ServiceError;
 use super::health::Health;
 use super::jobs::Jobs;
 use super::metrics::Metrics;
+use super::peers::Offers;
 use super::problem::Problem;
 use crate::progress::Pace;
 
@@ -29,6 +30,7 @@ pub struct Service {
     pub pace: Pace,
     pub jobs: Jobs,
     pub downloads: Downloads,
+    pub offers: Offers,
     pub metrics: Metrics,
     pub health: Health,
     draining: AtomicBool,
@@ -47,6 +49,7 @@ impl Service {
             pace,
             jobs: Jobs::default(),
             downloads: Downloads::new(),
+            offers: Offers::default(),
             metrics: Metrics::new(),
             health: Health::default(),
             draining: AtomicBool::new(false),

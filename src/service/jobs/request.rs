@@ -25,6 +25,8 @@ pub enum JobRequest {
     Recover(RecoverRequest),
     /// Merge what CloudStack has deleted; stubs keep the names for it, its rows stay as they are.
     Reclaim(ReclaimRequest),
+    /// Bring members from another zone.
+    Copy(CopyRequest),
 }
 
 /// `delete`, with the flags of the command line.
@@ -280,9 +282,43 @@ pub struct ReclaimRequest {
     pub max_seconds: Option<u32>,
 }
 
+/// `copy`: this side pulls.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+pub struct CopyRequest {
+    /// The members, as the other zone names them: `[STORE:]install/path`.
+    #[schema(min_items = 1)]
+    pub members: Vec<String>,
+    /// The zone, by its name in this service's configuration.
+    pub from: String,
+    /// The id of the store that takes them; needed if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// Bring each as one full image.
+    #[serde(default)]
+    pub flatten: bool,
+    /// Tell what would come, and bring nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Read what was written back before it gets its name.
+    #[serde(default)]
+    pub read: bool,
+    /// Bring checkpoint files, too.
+    #[serde(default)]
+    pub checkpoints: bool,
+    /// Other accounts and volumes here: `ACCOUNT/VOLUME=ACCOUNT/VOLUME`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub map: Vec<String>,
+    /// Ask for so many bytes a second at most, beside the limit of all jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_bytes_per_second: Option<u64>,
+}
+
 impl JobRequest {
     /// The words of all kinds.
-    pub const KINDS: [&str; 7] = ["delete", "verify", "adopt", "flatten", "audit", "recover", "reclaim"];
+    pub const KINDS: [&str; 8] =
+        ["delete", "verify", "adopt", "flatten", "audit", "recover", "reclaim", "copy"];
 
     /// Its kind, as the tag has it.
     #[must_use]
@@ -295,6 +331,7 @@ impl JobRequest {
             Self::Audit(_) => "audit",
             Self::Recover(_) => "recover",
             Self::Reclaim(_) => "reclaim",
+            Self::Copy(_) => "copy",
         }
     }
 
@@ -306,7 +343,8 @@ impl JobRequest {
             Self::Verify(request) => &request.members,
             Self::Adopt(request) => &request.members,
             Self::Flatten(request) => std::slice::from_ref(&request.member),
-            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) => &[],
+            // Those of a copy are another zone's.
+            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) | Self::Copy(_) => &[],
         }
     }
 
@@ -322,7 +360,7 @@ impl JobRequest {
                     request.member = member;
                 }
             }
-            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) => {}
+            Self::Audit(_) | Self::Recover(_) | Self::Reclaim(_) | Self::Copy(_) => {}
         }
     }
 
@@ -330,7 +368,8 @@ impl JobRequest {
     #[must_use]
     pub fn changes(&self) -> bool {
         match self {
-            Self::Delete(_) | Self::Adopt(_) | Self::Recover(_) => true,
+            // A copy that is only looked at keeps leaf tables for a moment.
+            Self::Delete(_) | Self::Adopt(_) | Self::Recover(_) | Self::Copy(_) => true,
             Self::Flatten(request) => !matches!(request.to, Destination::Export(_)),
             Self::Reclaim(request) => !request.dry_run,
             Self::Verify(_) | Self::Audit(_) => false,
@@ -380,7 +419,9 @@ mod tests {
             assert!(serde_json::from_str::<JobRequest>(bad).is_err(), "{bad}");
         }
         let every = JobRequest::KINDS.map(|kind| {
-            let text = format!(r#"{{"kind": "{kind}", "members": [], "member": "a", "to": "temporary"}}"#);
+            let text = format!(
+                r#"{{"kind": "{kind}", "members": [], "member": "a", "to": "temporary", "from": "x"}}"#
+            );
             serde_json::from_str::<JobRequest>(&text).map(|request| request.kind() == kind)
         });
         assert!(every.iter().flatten().all(|same| *same));

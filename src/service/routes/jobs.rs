@@ -17,6 +17,7 @@ use super::chains::page;
 use super::document;
 use crate::ops::adopt::AdoptReport;
 use crate::ops::audit::AuditReport;
+use crate::ops::copy::CopyReport;
 use crate::ops::document::{SCHEMA, time};
 use crate::ops::flatten::FlattenReport;
 use crate::ops::recover::RecoverReport;
@@ -91,6 +92,8 @@ pub enum JobResult {
     Recover(RecoverReport),
     /// Of `reclaim`.
     Reclaim(ReclaimDocument),
+    /// Of `copy`.
+    Copy(CopyReport),
 }
 
 /// Jobs.

@@ -5,6 +5,7 @@ mod cloudstack;
 mod downloads;
 pub mod jobs;
 mod page;
+mod peer;
 mod service;
 
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
@@ -51,6 +52,10 @@ fn documented() -> OpenApiRouter<Shared> {
         .routes(routes!(cloudstack::command))
         .routes(routes!(downloads::create))
         .routes(routes!(downloads::image))
+        .routes(routes!(peer::chain))
+        .routes(routes!(peer::table))
+        .routes(routes!(peer::blocks))
+        .routes(routes!(peer::checkpoint))
         .routes(routes!(page::allocation))
         .routes(routes!(page::debt))
         .routes(routes!(page::index))

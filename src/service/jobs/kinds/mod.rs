@@ -1,5 +1,6 @@
 //! What each kind of job does: the verb with the terms of the service, its report as the command line's document.
 
+mod copy;
 mod delete;
 mod flatten;
 mod look;
@@ -88,6 +89,7 @@ pub fn run(work: &Work<'_>, request: &JobRequest) -> Result<Outcome> {
         JobRequest::Audit(request) => look::audit(work, request),
         JobRequest::Recover(request) => look::recover(work, request),
         JobRequest::Reclaim(request) => reclaim::run(work, request),
+        JobRequest::Copy(request) => copy::run(work, request),
     }
 }
 
