@@ -12,6 +12,8 @@ use qchain::digest::block_count;
 use qchain::digest::table::{BlockRun, FOOT_LENGTH, HEAD_LENGTH, RUN_LENGTH, Shape};
 use qchain::digest::view::{Leaves, view_digest};
 use qchain::ids::{Digest, StoreId, StorePath};
+use qchain::ops::copy::plan::{check_line, destination};
+use qchain::peer::wire::{Chain, FrameFault, Frames};
 use qchain::qcow2::check::{Limits, check};
 use qchain::qcow2::fingerprint::fingerprint;
 use qchain::qcow2::{ExtentKind, Image};
@@ -172,4 +174,29 @@ pub fn leaves(data: &[u8]) {
         }
     }
     let _ = view_digest(&mut [table]);
+}
+
+/// What another zone sends: its chain, and its frames, which are the same in whatever pieces they come.
+pub fn peer(data: &[u8]) {
+    if let Ok(chain) = Chain::decode(data) {
+        let _ = check_line("peer", &chain.members);
+        for one in &chain.members {
+            if let Ok(path) = destination(&one.member, &[]) {
+                assert!(!path.as_str().starts_with(".qchain"), "a place of qchain's own");
+            }
+        }
+    }
+    let read = |step: usize| {
+        let (mut frames, mut found) = (Frames::default(), Vec::new());
+        for part in data.chunks(step) {
+            frames.push::<FrameFault>(part, |block, bytes| {
+                assert!(bytes.len() <= 65536, "more than a block");
+                found.push((block, blake3::hash(bytes)));
+                Ok(())
+            })?;
+        }
+        frames.finish().map(|()| found)
+    };
+    let step = data.first().map_or(1, |byte| usize::from(*byte) + 1);
+    assert_eq!(read(step), read(1 << 20), "other frames in pieces of {step}");
 }
