@@ -25,9 +25,9 @@ use crate::units::BLOCK_BYTES;
 
 /// How long an answer may take to begin, and to go on.
 const BEGIN: Duration = Duration::from_mins(2);
-const STALL: Duration = Duration::from_secs(30);
+const STALL: Duration = Duration::from_secs(15);
 /// How many requests are in flight: at the shortest and the longest round trips.
-const LEAST: usize = 2;
+const LEAST: usize = 4;
 const MOST: usize = 16;
 /// How much of a round trip asks for one more request in flight.
 const STEP: Duration = Duration::from_millis(10);

@@ -167,6 +167,29 @@ fn a_service_copies_as_a_job() {
 }
 
 #[test]
+fn a_job_is_continued_by_the_next_service() {
+    let east = random(32);
+    let giver = serve(&east, "");
+    let line = Line::to(&giver.address, Duration::from_millis(5), |_, _| Then::More);
+    let west = taking();
+    know(&west, &line.url(), PEER, "");
+    let taker = Served::start(&west);
+    let job = taker.job(&json!({"kind": "copy", "from": "east", "members": [path("inc")]}));
+    let begun = Instant::now();
+    while line.came() < 8 * MIB {
+        assert!(begun.elapsed() < LONG, "{} bytes came", line.came());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    taker.kill();
+    assert!(!west.member("base").exists());
+    let taker = Served::start(&west);
+    let done = taker.wait(&job);
+    assert_eq!(done["state"], "done", "{done}");
+    assert!(done["result"]["copied"][0]["blocks_present"].as_u64().unwrap() > 50, "{done}");
+    same_as(&west, &east, &["base", "inc"]);
+}
+
+#[test]
 fn a_killed_copy_goes_on_where_it_was() {
     let east = random(64);
     let mut served = Some(serve(&east, ""));

@@ -172,6 +172,11 @@ impl<'a> Arrival<'a> {
         })
     }
 
+    /// Whether there is anything in the directory of a name.
+    pub fn has_beside(&self, name: &StorePath) -> bool {
+        self.backend().read_dir(&name.parent()).is_ok_and(|entries| !entries.is_empty())
+    }
+
     /// Makes a member's checkpoint file, unless there is one.
     pub fn checkpoint(&self, path: &StorePath, bytes: &[u8]) -> Result<()> {
         self.directories(path)?;

@@ -82,7 +82,7 @@ pub struct Request {
     pub read: bool,
     /// Accounts and volumes that are others here.
     pub renamings: Vec<Renaming>,
-    /// Bring checkpoint files, too.
+    /// Bring checkpoint files, too; where the volume here has some that is done anyway.
     pub checkpoints: bool,
 }
 
@@ -383,7 +383,7 @@ impl Run<'_> {
         drop(file);
         let made = proof::Made { one, layout: &layout, backing: backing.as_ref(), what: &what, need: &need };
         let (manifest, new) = proof::attest(self, arrival, &made, &mut tables, below)?;
-        copied.checkpoint = self.request.checkpoints && self.checkpoint(arrival, one)?;
+        copied.checkpoint = self.checkpoint(arrival, one)?;
         proof::publish(self, arrival, &made, &manifest, below)?;
         copied.outcome = Outcome::Copied;
         if !self.request.flatten {
@@ -410,10 +410,14 @@ impl Run<'_> {
         opened.map_err(|why| peer::wrong(self.peer.name(), format!("{}: {why}", one.name)))
     }
 
-    /// Brings a member's checkpoint file, unless there is one: before the member, which without it would be taken for one
-    /// that is still being made. Gives whether there is one now.
+    /// Brings a member's checkpoint file, unless there is one, before the member. Gives whether there is one now.
     fn checkpoint(&self, arrival: &Arrival<'_>, one: &LineMember) -> Result<bool> {
         let Some(path) = checkpoint_of(&arrival.target) else { return Ok(false) };
+        // Among others that have one, a member without is taken for one that is still being made.
+        let wanted = self.request.checkpoints || arrival.has_beside(&path);
+        if !wanted || self.request.flatten {
+            return Ok(false);
+        }
         let bytes = fetch::stubbornly(self.work, |_| self.peer.checkpoint(one))?;
         let Some(bytes) = bytes else { return Ok(false) };
         // What is none is not put where libvirt reads it.

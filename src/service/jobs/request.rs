@@ -304,7 +304,7 @@ pub struct CopyRequest {
     /// Read what was written back before it gets its name.
     #[serde(default)]
     pub read: bool,
-    /// Bring checkpoint files, too.
+    /// Bring checkpoint files, too; where the volume here has some that is done anyway.
     #[serde(default)]
     pub checkpoints: bool,
     /// Other accounts and volumes here: `ACCOUNT/VOLUME=ACCOUNT/VOLUME`.
