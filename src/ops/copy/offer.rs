@@ -3,6 +3,7 @@
 //! All files of the line are open and stay so: names may get other files meanwhile, what is offered stays what it was.
 //! Every block is held against its leaf before it is given away, so damage does not travel.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -70,6 +71,11 @@ impl LineMember {
             runs: table.runs,
         }
     }
+}
+
+thread_local! {
+    /// What a thread reads into: a fresh buffer costs as much in page faults as reading it.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A member that is offered.
@@ -214,8 +220,21 @@ impl Offer {
     }
 
     fn read<T>(&self, item: &Item, make: &impl Fn(u64, &[u8]) -> T) -> Result<Vec<T>> {
+        let mut bytes = BUFFER.take();
+        let done = self.read_into(item, make, &mut bytes);
+        BUFFER.set(bytes);
+        done
+    }
+
+    fn read_into<T>(
+        &self,
+        item: &Item,
+        make: &impl Fn(u64, &[u8]) -> T,
+        bytes: &mut Vec<u8>,
+    ) -> Result<Vec<T>> {
         let start = item.first * BLOCK_BYTES;
-        let mut bytes = vec![0; item.expected.len() * BLOCK_LENGTH];
+        bytes.clear();
+        bytes.resize(item.expected.len() * BLOCK_LENGTH, 0);
         for run in &item.runs {
             let from = usize::try_from(run.start.0.saturating_sub(start)).unwrap_or(usize::MAX);
             let to = from.saturating_add(usize::try_from(run.length).unwrap_or(usize::MAX));
