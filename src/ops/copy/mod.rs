@@ -57,6 +57,7 @@ use crate::store::chain::OpenChain;
 use crate::store::manifest::leaves::{self, LeafFile};
 use crate::store::manifest::shelf::{Known, Shelf, known};
 use crate::store::manifest::{Binding, Manifest};
+use crate::store::record::StoreKind;
 use crate::store::scan::{Incoming, Scan};
 use crate::store::stream::Source;
 use crate::units::{BLOCK_BYTES, ClusterBits};
@@ -192,8 +193,9 @@ impl Run<'_> {
     /// Brings what of a line is not here.
     fn line(&self, line: &[LineMember], scan: &Scan, report: &mut CopyReport) -> Result<()> {
         let renamings = &self.request.renamings;
+        let plain = self.to.site.stores.get(self.to.store)?.kind() == StoreKind::Plain;
         let targets: Vec<StorePath> =
-            line.iter().map(|one| destination(&one.member, renamings)).collect::<Result<_>>()?;
+            line.iter().map(|one| destination(&one.member, renamings, plain)).collect::<Result<_>>()?;
         let ground = Ground {
             scan,
             manifests: Shelf::load_all(self.to.site.stores)?,

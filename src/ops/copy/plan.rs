@@ -36,8 +36,9 @@ impl Renaming {
     }
 }
 
-/// Where a member goes here. Outside of qchain's own directory, whatever a peer says.
-pub fn destination(member: &StorePath, renamings: &[Renaming]) -> Result<StorePath> {
+/// Where a member goes here. Outside of qchain's own directory, whatever a peer says; and unless the store is `plain`
+/// nowhere but among snapshots: CloudStack takes what lies in its other directories for its own.
+pub fn destination(member: &StorePath, renamings: &[Renaming], plain: bool) -> Result<StorePath> {
     let refused = |message: &str| {
         let member = member.to_string();
         OpError::Refused { code: Code::BadName, member, message: message.to_owned() }
@@ -45,6 +46,9 @@ pub fn destination(member: &StorePath, renamings: &[Renaming]) -> Result<StorePa
     let hidden = member.components().any(|part| part == OWN_DIRECTORY || part.starts_with(".qchain"));
     if hidden || member.is_root() {
         return Err(refused("it would lie among qchain's own files"));
+    }
+    if !plain && member.components().next() != Some(Area::Snapshots.directory()) {
+        return Err(refused("only snapshots are copied to a store of CloudStack"));
     }
     let Some(path) = InstallPath::parse(member).filter(|path| path.area == Area::Snapshots) else {
         return if renamings.is_empty() {
@@ -162,11 +166,23 @@ mod tests {
     #[test]
     fn volumes_get_other_names() {
         let map = [Renaming::parse("2/7=5/9").unwrap()];
-        assert_eq!(destination(&path("snapshots/2/7/x"), &map).unwrap(), path("snapshots/5/9/x"));
-        assert_eq!(destination(&path("snapshots/2/8/x"), &map).unwrap(), path("snapshots/2/8/x"));
-        assert!(destination(&path("x"), &map).is_err());
+        assert_eq!(destination(&path("snapshots/2/7/x"), &map, false).unwrap(), path("snapshots/5/9/x"));
+        assert_eq!(destination(&path("snapshots/2/8/x"), &map, false).unwrap(), path("snapshots/2/8/x"));
+        assert!(destination(&path("x"), &map, true).is_err());
+        assert_eq!(destination(&path("x"), &[], true).unwrap(), path("x"));
+        for hostile in ["template/tmpl/1/4/x", "checkpoints/2/7/x", "x"] {
+            assert_eq!(
+                destination(&path(hostile), &[], false).unwrap_err().code(),
+                Code::BadName,
+                "{hostile}"
+            );
+        }
         for hostile in [".qchain/store.json", "a/.qchain/x", ".qchain-tmp/x"] {
-            assert_eq!(destination(&path(hostile), &[]).unwrap_err().code(), Code::BadName, "{hostile}");
+            assert_eq!(
+                destination(&path(hostile), &[], true).unwrap_err().code(),
+                Code::BadName,
+                "{hostile}"
+            );
         }
         for bad in ["", "2/7", "2/7=5", "a/b=c/d", "2/7=5/9/1"] {
             assert!(Renaming::parse(bad).is_err(), "{bad}");
