@@ -181,7 +181,7 @@ pub fn peer(data: &[u8]) {
     if let Ok(chain) = Chain::decode(data) {
         let _ = check_line("peer", &chain.members);
         for one in &chain.members {
-            if let Ok(path) = destination(&one.member, &[]) {
+            if let Ok(path) = destination(&one.member, &[], one.leaves % 2 == 0) {
                 assert!(!path.as_str().starts_with(".qchain"), "a place of qchain's own");
             }
         }
