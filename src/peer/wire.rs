@@ -27,6 +27,8 @@ pub const MOST_JSON: u64 = 16 << 20;
 
 /// The line of a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+// Of two descriptions of one name the last one holds for both.
+#[schema(as = PeerChain)]
 pub struct Chain {
     /// The version of documents.
     pub schema: u32,
