@@ -12,11 +12,9 @@ use super::output::{Table, human};
 use super::{members, stores, values};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::ids::{Digest, StorePath};
-use crate::ops::Result as OpResult;
-use crate::ops::copy::{
-    Copied, CopyReport, Destination, LocalPeer, Outcome, Peer, Renaming, Request, Work, copy,
-};
+use crate::ops::copy::{Copied, CopyReport, Destination, LocalPeer, Outcome, Peer, Renaming, Request, copy};
 use crate::ops::document::Document;
+use crate::ops::{Result as OpResult, Work};
 use crate::peer::HttpPeer;
 use crate::progress::Pace;
 use crate::store::Stores;
@@ -94,7 +92,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let report = copy(peer.as_ref(), &to, &request, &scan, &work)?;
     drop(guard);
     if let Some(file) = &args.records_out {
-        write_records(file, &report)?;
+        write_records(file, &stores, &report)?;
     }
     context.print(&report, |out| write(out, &report))?;
     Ok(Exit::DONE)
@@ -111,8 +109,7 @@ fn destination(context: &Context, args: &Args) -> Result<(Stores, usize)> {
         None if stores.len() == 1 => 0,
         None => return Err(CliError::usage("there are several stores: say to which with --to".to_owned())),
         Some(id) => {
-            let found = stores.iter().find(|(_, store)| store.id().as_str() == id);
-            let Some((store, _)) = found else {
+            let Some((store, _)) = stores.named(id) else {
                 let detail = if context.zone(id).is_some() {
                     format!("the other side pulls: run the copy in {id}, with --from")
                 } else {
@@ -169,7 +166,9 @@ struct Rows<'a> {
     rows: Vec<Row<'a>>,
 }
 
-fn write_records<'a>(file: &Path, report: &'a CopyReport) -> Result<()> {
+fn write_records<'a>(file: &Path, stores: &Stores, report: &'a CopyReport) -> Result<()> {
+    // Without the store, which a name only begins with if there are several.
+    let path_of = |name: &'a str| stores.split_name(name).1;
     let row = |copied: &'a Copied| Row {
         install_path: path_of(&copied.member),
         parent_install_path: copied.parent.as_deref().map(path_of),
@@ -194,11 +193,6 @@ fn write_records<'a>(file: &Path, report: &'a CopyReport) -> Result<()> {
         .and_then(|()| out.write_all(b"\n"))
         .and_then(|()| out.sync_all())
         .map_err(failed)
-}
-
-/// A member's path, without its store.
-fn path_of(name: &str) -> &str {
-    name.split_once(':').map_or(name, |(_, path)| path)
 }
 
 fn write(out: &mut dyn Write, report: &CopyReport) -> io::Result<()> {

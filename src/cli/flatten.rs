@@ -13,9 +13,9 @@ use crate::backend::BackendError;
 use crate::backend::posix::{PosixStore, StandardOutput};
 use crate::change::Guard;
 use crate::ids::StorePath;
+use crate::ops::Work;
 use crate::ops::flatten::{
-    Arrangement, FileTarget, FlattenReport, Place, Purpose, Request, Target, Work, flatten, pipe_report,
-    stream,
+    Arrangement, FileTarget, FlattenReport, Place, Purpose, Request, Target, flatten, pipe_report, stream,
 };
 use crate::progress::Pace;
 use crate::qcow2::CompressionType;

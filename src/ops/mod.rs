@@ -20,5 +20,7 @@ pub mod reclaim;
 pub mod recover;
 pub mod repair;
 pub mod verify;
+mod work;
 
 pub use error::{OpError, Result};
+pub use work::Work;

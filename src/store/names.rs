@@ -40,7 +40,7 @@ pub fn resolve(stores: &Stores, scan: &Scan, name: &str) -> Result<Vec<NodeId>> 
     if name.is_empty() {
         return Err(StoreError::Usage { detail: "a member's name is empty".to_owned() });
     }
-    let (store, path) = split_store(stores, name);
+    let (store, path) = stores.split_name(name);
     let in_store = |id: &NodeId| store.is_none_or(|index| scan.graph.node(*id).key.store == index);
     let candidates = || scan.graph.ids().filter(in_store);
     let text = |id: &NodeId| scan.graph.node(*id).key.path.as_str();
@@ -59,15 +59,6 @@ pub fn resolve(stores: &Stores, scan: &Scan, name: &str) -> Result<Vec<NodeId>> 
         [_] => Ok(found),
         several => Err(ambiguous(stores, scan, name, several)),
     }
-}
-
-/// Takes `STORE:` off, if what is before the first colon is a store's id.
-fn split_store<'a>(stores: &Stores, name: &'a str) -> (Option<usize>, &'a str) {
-    let split = name.split_once(':').and_then(|(id, path)| {
-        let found = stores.iter().find(|(_, store)| store.id().as_str() == id);
-        found.map(|(index, _)| (Some(index), path))
-    });
-    split.unwrap_or((None, name))
 }
 
 fn not_found(name: &str) -> StoreError {

@@ -199,6 +199,19 @@ impl Stores {
             .ok_or_else(|| StoreError::Usage { detail: format!("there is no store {index}") })
     }
 
+    /// One by its id, with its index.
+    #[must_use]
+    pub fn named(&self, id: &str) -> Option<(usize, &Store)> {
+        self.iter().find(|(_, store)| store.id().as_str() == id)
+    }
+
+    /// Takes `STORE:` off a name, if what is before its first colon is a store's id.
+    #[must_use]
+    pub fn split_name<'a>(&self, name: &'a str) -> (Option<usize>, &'a str) {
+        let split = name.split_once(':').and_then(|(id, rest)| Some((Some(self.named(id)?.0), rest)));
+        split.unwrap_or((None, name))
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {

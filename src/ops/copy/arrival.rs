@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
+use super::Destination;
 use super::fetch::failed;
 use super::need::{Need, Tables};
-use super::{Destination, Work};
 use crate::backend::publish::{publish_new, take_identity, write_new};
 use crate::backend::{Backend, BackendError, Identity, StoreFile};
 use crate::change::Lease;
@@ -18,7 +18,7 @@ use crate::change::yard::Yard;
 use crate::digest::{is_zero, leaf};
 use crate::failure::Code;
 use crate::ids::{Digest, StorePath};
-use crate::ops::{OpError, Result};
+use crate::ops::{OpError, Result, Work};
 use crate::qcow2::layout::canonical::Canonical;
 use crate::qcow2::layout::hostset::{Collecting, HostSet};
 use crate::store::manifest::{TableMark, stem};

@@ -5,13 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::Work;
 use super::offer::{LineMember, MOST_BLOCKS, MOST_TABLE_BYTES};
 use super::peer::{Peer, wrong};
 use crate::backend::StoreFile;
 use crate::digest::leaf;
 use crate::ids::Digest;
-use crate::ops::{OpError, Result};
+use crate::ops::{OpError, Result, Work};
 use crate::store::manifest::Blocks;
 use crate::units::BLOCK_BYTES;
 

@@ -46,12 +46,11 @@ use crate::cloudstack::checkpoint::Checkpoint;
 use crate::cloudstack::paths::checkpoint_of;
 use crate::failure::Code;
 use crate::ids::StorePath;
-use crate::ops::{OpError, Result};
-use crate::progress::{Cancel, Pace, Progress};
+use crate::ops::{OpError, Result, Work};
 use crate::qcow2::Image as Qcow2Image;
 use crate::qcow2::layout::Backing;
 use crate::qcow2::layout::canonical::{Canonical, Form as ImageForm};
-use crate::qcow2::layout::hostset::{Collecting, HostSet};
+use crate::qcow2::layout::hostset::HostSet;
 use crate::store::StoreError;
 use crate::store::chain::OpenChain;
 use crate::store::manifest::leaves::{self, LeafFile};
@@ -94,17 +93,6 @@ pub struct Destination<'a> {
     pub site: &'a Site<'a>,
     /// Which of the stores.
     pub store: usize,
-}
-
-/// What the work goes by.
-#[derive(Clone, Copy)]
-pub struct Work<'a> {
-    /// Told of bytes.
-    pub progress: &'a dyn Progress,
-    /// Asked to stop.
-    pub cancel: &'a Cancel,
-    /// The limit on bytes a second that are asked for.
-    pub pace: &'a Pace,
 }
 
 /// Brings members. The caller holds the right to change the stores, unless it is a dry run; `scan` looks at the stores
@@ -440,15 +428,8 @@ impl Run<'_> {
         below: &Below,
         bits: ClusterBits,
     ) -> Result<(Canonical, Option<Backing>)> {
-        let copy = |set: &HostSet| {
-            let mut copy = Collecting::default();
-            for (first, count) in set.runs() {
-                let _ = copy.insert(first, count);
-            }
-            copy.finish()
-        };
         let failed = |source| StoreError::Image { member: one.name.clone(), source };
-        let units = copy(&need.units);
+        let units = need.units.clone();
         let (Some(parent), Some(key), false) = (below.images.last(), below.keys.last(), self.request.flatten)
         else {
             let form = ImageForm::Qcow2(bits);
@@ -469,7 +450,7 @@ impl Run<'_> {
             format: "qcow2".to_owned(),
             virtual_size: parent.header().virtual_size,
         };
-        let layout = Canonical::over(one.virtual_bytes, bits, units, copy(&need.zeros), backing.clone());
+        let layout = Canonical::over(one.virtual_bytes, bits, units, need.zeros.clone(), backing.clone());
         Ok((layout.map_err(failed)?, Some(backing)))
     }
 }

@@ -10,19 +10,19 @@ use crate::digest::view::{Seen, view_digest};
 use crate::failure::Code;
 use crate::ids::Digest;
 use crate::ops::{OpError, Result};
+use crate::qcow2::Image;
 use crate::qcow2::check::Limits;
 use crate::qcow2::fingerprint::{Fingerprint, fingerprint};
 use crate::qcow2::layout::Backing;
 use crate::qcow2::layout::canonical::Canonical;
-use crate::qcow2::{ExtentKind, Image};
+use crate::qcow2::layout::placed::misplaced;
 use crate::store::StoreError;
 use crate::store::chain::OpenChain;
 use crate::store::manifest::leaves::{self, LeafFile, LeafSink};
 use crate::store::manifest::reads::{self, Reads};
 use crate::store::manifest::shelf;
 use crate::store::manifest::{FileMark, Manifest, Replica, TableMark, stem};
-use crate::store::measure::{Job, Part, decided, measure};
-use crate::units::GuestOffset;
+use crate::store::measure::{Part, decided, measure};
 
 /// How much of an image's tables is hashed at once.
 const STEP_BYTES: u64 = 1 << 20;
@@ -181,38 +181,8 @@ fn prove(made: &Made<'_>, image: &Image, shown: &str) -> Result<Fingerprint> {
     if name != wanted || header.virtual_size != one.virtual_bytes {
         return Err(unproved(shown, "its header is not what was planned"));
     }
-    let unit = layout.form().unit_bytes();
-    let (mut stored, mut zeros) = (0, 0);
-    for extent in image.extents(GuestOffset(0)) {
-        let extent = extent?;
-        let end = extent.end().0.min(layout.virtual_size());
-        let mut at = extent.start.0;
-        while at < end && extent.kind != ExtentKind::Below {
-            let stop = ((at / unit + 1) * unit).min(end);
-            let right = match extent.kind {
-                ExtentKind::Data { host } => {
-                    stored += stop - at;
-                    layout.place(at) == Some(host.0 + (at - extent.start.0))
-                }
-                ExtentKind::Zero => {
-                    zeros += stop - at;
-                    layout.zeros().contains(at / unit)
-                }
-                ExtentKind::Compressed(_) | ExtentKind::Below => false,
-            };
-            if !right {
-                return Err(unproved(shown, "a cluster is not where it was planned"));
-            }
-            at = stop;
-        }
-    }
-    let bytes = |set: &crate::qcow2::layout::hostset::HostSet| {
-        let last = layout.virtual_size() / unit;
-        let cut = if set.contains(last) { unit - layout.virtual_size() % unit } else { 0 };
-        set.len() * unit - cut
-    };
-    if (stored, zeros) != (bytes(layout.units()), bytes(layout.zeros())) {
-        return Err(unproved(shown, "it has other clusters than were planned"));
+    if let Some(what) = misplaced(layout, image)? {
+        return Err(unproved(shown, what));
     }
     if made.need.units.len() != layout.units().len() {
         return Err(unproved(shown, "it has other units than are needed"));
@@ -250,8 +220,7 @@ fn read_back(run: &Run<'_>, image: &Image, own: &mut LeafFile, below: &Below, sh
     let lower = below.images.iter().rev().filter(|_| !alone).cloned();
     let chain = OpenChain::of(std::iter::once(image.clone()).chain(lower).collect());
     let all = 0..block_count(image.header().virtual_size);
-    let job =
-        Job { progress: run.work.progress, cancel: run.work.cancel, pace: run.work.pace, tolerant: false };
+    let job = run.work.job();
     let mut bad: Option<u64> = None;
     measure::<OpError>(&chain, std::slice::from_ref(&all), &job, None, |part| {
         let Part::Leaves { first, leaves } = part else { return Ok(()) };

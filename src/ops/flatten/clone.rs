@@ -4,14 +4,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Work;
 use super::copy::write_sparse;
 use super::report::{How, Made};
 use super::target::{Output, failed};
 use crate::backend::{BackendError, Means, Move, read_padded};
 use crate::digest::{TreeBuilder, block_count, leaf};
 use crate::failure::{Code, Failure as _};
-use crate::ops::{OpError, Result};
+use crate::ops::{OpError, Result, Work};
 use crate::qcow2::layout::Layout;
 use crate::qcow2::layout::canonical::Form;
 use crate::qcow2::write::{Sources, write};

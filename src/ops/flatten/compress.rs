@@ -2,12 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::Work;
 use super::report::{How, Made};
 use super::target::{Output, failed};
 use crate::backend::BackendError;
 use crate::digest::is_zero;
-use crate::ops::{OpError, Result};
+use crate::ops::{OpError, Result, Work};
 use crate::qcow2::check::{Limits, check};
 use crate::qcow2::compressed::Compressor;
 use crate::qcow2::layout::canonical::Part;

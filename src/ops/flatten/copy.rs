@@ -1,15 +1,14 @@
 //! By copying: the canonical image, from its first byte to its last.
 
-use super::Work;
 use super::report::{How, Made};
 use super::target::{Output, failed};
 use crate::digest::is_zero;
-use crate::ops::{OpError, Result};
+use crate::ops::{OpError, Result, Work};
+use crate::qcow2::Image;
 use crate::qcow2::check::{Limits, check};
 use crate::qcow2::layout::canonical::{Canonical, Form};
-use crate::qcow2::{Content, Image};
+use crate::qcow2::layout::placed::misplaced;
 use crate::store::StoreError;
-use crate::store::chain::OpenChain;
 use crate::store::stream::{Piece, Stream, Wanted};
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH};
 
@@ -99,31 +98,9 @@ fn prove(layout: &Canonical, output: &Output) -> Result<u64> {
     if report.is_damaged() || report.leaked_clusters > 0 || report.incomplete {
         return Err(wrong("its structure is not sound"));
     }
-    let unit = layout.form().unit_bytes();
-    let mut stored = 0;
-    for run in OpenChain::of(vec![image]).map() {
-        let run = run?;
-        match run.content {
-            Content::Data { host, .. } => {
-                let mut at = run.start.0;
-                while at < run.end().0 {
-                    let end = ((at / unit + 1) * unit).min(run.end().0);
-                    if layout.place(at) != Some(host.0 + (at - run.start.0)) {
-                        return Err(wrong("a cluster is not where it was planned"));
-                    }
-                    stored += end - at;
-                    at = end;
-                }
-            }
-            Content::Compressed { .. } => return Err(wrong("it has compressed clusters")),
-            Content::Zero | Content::Below => {}
-        }
+    if let Some(what) = misplaced(layout, &image)? {
+        return Err(wrong(what));
     }
-    let last = layout.virtual_size() / unit;
-    let cut = if layout.units().contains(last) { unit - layout.virtual_size() % unit } else { 0 };
-    if stored != layout.units().len() * unit - cut {
-        return Err(wrong("it has other clusters than were planned"));
-    }
-    debug_assert!(unit >= BLOCK_BYTES);
+    debug_assert!(layout.form().unit_bytes() >= BLOCK_BYTES);
     Ok(layout.virtual_size())
 }

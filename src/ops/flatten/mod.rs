@@ -26,13 +26,11 @@ pub use target::{FileTarget, Target};
 
 use crate::chain::graph::NodeId;
 use crate::failure::Code;
-use crate::ops::{OpError, Result};
-use crate::progress::{Cancel, Pace, Progress};
+use crate::ops::{OpError, Result, Work};
 use crate::qcow2::layout::canonical::Form;
 use crate::qcow2::{CompressionType, Image};
 use crate::store::chain::OpenChain;
 use crate::store::digest::{raw_digest, view_digest};
-use crate::store::measure::Job;
 use crate::store::scan::{Incoming, Scan};
 use crate::store::stream::{Source, Stream};
 use crate::store::{StoreError, Stores};
@@ -66,25 +64,6 @@ pub struct Request {
     pub force: bool,
     /// Leave what was read and written in the page cache.
     pub keep_cache: bool,
-}
-
-/// What the work goes by.
-#[derive(Clone, Copy)]
-pub struct Work<'a> {
-    /// Told of bytes.
-    pub progress: &'a dyn Progress,
-    /// Asked to stop.
-    pub cancel: &'a Cancel,
-    /// The limit on bytes a second.
-    pub pace: &'a Pace,
-}
-
-impl<'a> Work<'a> {
-    /// What reading goes by.
-    #[must_use]
-    pub fn job(&self) -> Job<'a> {
-        Job { progress: self.progress, cancel: self.cancel, pace: self.pace, tolerant: false }
-    }
 }
 
 /// A member's view as a stream: for pipes, ranges, and whoever serves them.

@@ -40,11 +40,8 @@ impl Place {
     ///
     /// `usage`.
     pub fn parse(stores: &Stores, purpose: Purpose, text: &str, store: usize) -> Result<Self> {
-        let named = text.split_once(':').and_then(|(id, rest)| {
-            let found = stores.iter().find(|(_, store)| store.id().as_str() == id);
-            found.map(|(index, _)| (index, rest))
-        });
-        let (store, rest) = named.unwrap_or((store, text));
+        let (named, rest) = stores.split_name(text);
+        let store = named.unwrap_or(store);
         let mut parts = rest.split('/');
         let number = |part: Option<&str>| {
             let part = part.filter(|part| !part.starts_with(['0', '+']))?;

@@ -19,13 +19,13 @@ pub struct Collecting {
 }
 
 /// The finished set.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct HostSet {
     chunks: Vec<Chunk>,
     len: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Chunk {
     index: u64,
     /// How many units of the set lie in chunks before this one.

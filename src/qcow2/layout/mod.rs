@@ -23,6 +23,7 @@ pub mod hostset;
 mod onto;
 pub mod packed;
 mod packing;
+pub mod placed;
 mod shape;
 
 pub use clusters::{Fill, Piece};

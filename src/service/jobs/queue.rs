@@ -164,7 +164,7 @@ impl Jobs {
             return Ok(Some(Cancelled(entry)));
         }
         let stores = connect(service.config.stores.clone())?;
-        if let Some((index, store)) = stores.iter().find(|(_, store)| store.id().as_str() == entry.home) {
+        if let Some((index, store)) = stores.named(&entry.home) {
             JobShelf::new(store)?.ask_to_cancel(id)?;
             match &entry.running {
                 Some(running) => stop(running),

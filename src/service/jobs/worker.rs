@@ -69,7 +69,7 @@ fn work(service: &Service, workers: usize) {
 fn run(service: &Service, entry: &Entry, running: &Arc<Running>) -> Result<Duration, OpError> {
     let config = &service.config;
     let stores = connect(config.stores.clone())?;
-    let Some((home, store)) = stores.iter().find(|(_, store)| store.id().as_str() == entry.home) else {
+    let Some((home, store)) = stores.named(&entry.home) else {
         return Ok(LATER);
     };
     let shelf = JobShelf::new(store)?;

@@ -148,8 +148,7 @@ impl JobDocument {
         let mut document = Self::of(entry);
         if entry.record.state.is_over() {
             let stores = connect(service.config.stores.clone())?;
-            let store = stores.iter().find(|(_, store)| store.id().as_str() == entry.home);
-            if let Some((_, store)) = store {
+            if let Some((_, store)) = stores.named(&entry.home) {
                 let bytes = JobShelf::new(store)?.result(&entry.record.id)?;
                 document.result = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
             }

@@ -1,10 +1,10 @@
 //! `copy` from another zone of the configuration. A job that is continued goes on with what came.
 
 use super::{Outcome, Work};
-use crate::ops::Result;
 use crate::ops::copy::plan::usage;
-use crate::ops::copy::{Destination, Renaming, Request, Work as CopyWork, copy};
+use crate::ops::copy::{Destination, Renaming, Request, copy};
 use crate::ops::recover::begin;
+use crate::ops::{Result, Work as OpWork};
 use crate::peer::HttpPeer;
 use crate::service::jobs::request::CopyRequest;
 use crate::service::view::scan;
@@ -17,7 +17,7 @@ pub fn run(work: &Work<'_>, request: &CopyRequest) -> Result<Outcome> {
         None if stores.len() == 1 => 0,
         None => return Err(usage("there are several stores: say to which")),
         Some(id) => {
-            let found = stores.iter().find(|(_, store)| store.id().as_str() == id);
+            let found = stores.named(id);
             found.map(|(store, _)| store).ok_or_else(|| usage(format!("there is no store {id:?}")))?
         }
     };
@@ -33,7 +33,7 @@ pub fn run(work: &Work<'_>, request: &CopyRequest) -> Result<Outcome> {
     let peer = HttpPeer::new(zone)?;
     let _guard = begin(site, config.witness)?;
     let pace = site.pace.within(request.rate_bytes_per_second.unwrap_or(0));
-    let by = CopyWork { progress: work.meter, cancel: work.cancel, pace: &pace };
+    let by = OpWork { progress: work.meter, cancel: work.cancel, pace: &pace };
     let look = || Ok(scan(config, stores, &[], true)?);
     let report = copy(&peer, &Destination { site, store }, &wanted, &look, &by)?;
     let written_bytes = report.copied.iter().map(|copied| copied.file_bytes).sum();

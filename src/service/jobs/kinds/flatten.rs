@@ -9,10 +9,8 @@ use crate::change::Guard;
 use crate::cloudstack::paths::TEMPORARY_SUFFIX;
 use crate::failure::{Code, Failure};
 use crate::ids::StorePath;
-use crate::ops::flatten::{
-    Arrangement, FileTarget, Place, Purpose, Request, Target, Work as FlattenWork, flatten,
-};
-use crate::ops::{OpError, Result};
+use crate::ops::flatten::{Arrangement, FileTarget, Place, Purpose, Request, Target, flatten};
+use crate::ops::{OpError, Result, Work as OpWork};
 use crate::qcow2::CompressionType;
 use crate::qcow2::layout::canonical::Form;
 use crate::service::jobs::request::{Compress, Destination, FlattenRequest, Format};
@@ -50,7 +48,7 @@ pub fn run(work: &Work<'_>, request: &FlattenRequest) -> Result<Outcome> {
         keep_cache: false,
     };
     let target = target(work, request, stores, &scan, &wanted)?;
-    let by = FlattenWork { progress: work.meter, cancel: work.cancel, pace: &work.site.pace };
+    let by = OpWork { progress: work.meter, cancel: work.cancel, pace: &work.site.pace };
     match flatten(stores, &scan, &wanted, &target, &by) {
         Ok(report) => Ok(Outcome {
             written_bytes: report.bytes_written + report.metadata_bytes_written,
