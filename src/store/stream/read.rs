@@ -21,8 +21,12 @@ use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 const ITEM_BYTES: u64 = 256 << 10;
 /// How much is read in parallel before it is given away, about.
 const BATCH_BYTES: u64 = 2 << 20;
-/// How many batches are planned beyond the one that is read.
-const PLANNED: usize = 12;
+/// How much is planned beyond what is read, and told to the stores.
+const AHEAD_BYTES: u64 = 24 << 20;
+/// The most items that are planned, zeros among them.
+const MOST_PLANNED: usize = 1024;
+/// The most items that are read in parallel before they are given away.
+const MOST_ITEMS: usize = 64;
 /// How many batches may wait to be given away.
 const AHEAD: usize = 2;
 
@@ -250,57 +254,76 @@ struct Plan {
     map: Option<Box<dyn Iterator<Item = std::result::Result<Run, ImageError>> + Send>>,
     /// The run of it that reaches furthest so far.
     held: Option<Run>,
-    /// What was planned and is not read yet: the stores know of it.
-    planned: VecDeque<Vec<Item>>,
+    /// What was planned and is not read yet, the stores know of it; and how many bytes that is.
+    planned: VecDeque<Item>,
+    planned_bytes: u64,
+    /// Why no more can be planned: told when what comes before it was given.
+    failed: Option<StoreError>,
 }
 
 impl Plan {
     fn new(range: Range<u64>) -> Self {
-        Self { at: range.start, end: range.end, map: None, held: None, planned: VecDeque::new() }
+        Self {
+            at: range.start,
+            end: range.end,
+            map: None,
+            held: None,
+            planned: VecDeque::new(),
+            planned_bytes: 0,
+            failed: None,
+        }
     }
 
     /// Where what was not given yet begins.
     fn next_offset(&self) -> u64 {
-        self.planned.iter().flatten().next().map_or(self.at, |item| item.offset)
+        self.planned.front().map_or(self.at, |item| item.offset)
     }
 
     /// The next items of about so many bytes, read; none at the end.
     fn read(&mut self, reading: &Reading<'_>, most: u64, job: &Job<'_>) -> Result<Vec<Item>> {
-        while self.planned.len() <= PLANNED {
-            let batch = self.batch(reading, most, job)?;
-            announce(reading, &batch);
-            let last = batch.is_empty();
-            self.planned.push_back(batch);
-            if last {
-                break;
-            }
-        }
-        let mut batch = self.planned.pop_front().unwrap_or_default();
-        job.pace.spend(batch.iter().map(Item::read_bytes).sum(), job.cancel);
-        batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(reading, item))?;
-        Ok(batch)
-    }
-
-    /// Plans some items; none at the end.
-    fn batch(&mut self, reading: &Reading<'_>, most: u64, job: &Job<'_>) -> Result<Vec<Item>> {
         let cancelled = |_| {
             let name = reading.source.member().to_owned();
             image(reading.source, ImageError::Cancelled { image: name })
         };
         job.cancel.check().map_err(cancelled)?;
-        let mut items = Vec::new();
+        if self.failed.is_none() {
+            self.failed = self.plan(reading, most.saturating_add(AHEAD_BYTES)).err();
+        }
+        if self.planned.is_empty()
+            && let Some(error) = self.failed.take()
+        {
+            return Err(error);
+        }
+        let mut batch = Vec::new();
         let mut bytes = 0;
         while bytes < most
-            && items.len() < 64
+            && batch.len() < MOST_ITEMS
+            && let Some(item) = self.planned.pop_front()
+        {
+            bytes += item.read_bytes();
+            batch.push(item);
+        }
+        self.planned_bytes -= bytes;
+        job.pace.spend(bytes, job.cancel);
+        batch.par_iter_mut().with_max_len(1).try_for_each(|item| fill(reading, item))?;
+        Ok(batch)
+    }
+
+    /// Plans so far that so many bytes are planned and not read, and tells the stores of them.
+    fn plan(&mut self, reading: &Reading<'_>, most: u64) -> Result<()> {
+        let new = self.planned.len();
+        while self.planned_bytes < most
+            && self.planned.len() < MOST_PLANNED
             && self.at < self.end
             && let Some((part, length)) = reading.layout.part(self.at)
         {
             let item = self.item(reading, part, length.min(self.end - self.at))?;
             self.at += item.take;
-            bytes += item.read_bytes();
-            items.push(item);
+            self.planned_bytes += item.read_bytes();
+            self.planned.push_back(item);
         }
-        Ok(items)
+        announce(reading, self.planned.iter().skip(new));
+        Ok(())
     }
 
     fn item(&mut self, reading: &Reading<'_>, part: Part, length: u64) -> Result<Item> {
@@ -350,9 +373,9 @@ impl Plan {
 
 /// Tells the stores what is going to be read. Long runs they foresee by themselves; of chains of many members, and
 /// of scattered ones, short ones are all that there is.
-fn announce(reading: &Reading<'_>, batch: &[Item]) {
+fn announce<'a>(reading: &Reading<'_>, items: impl Iterator<Item = &'a Item>) {
     let images: Vec<_> = reading.source.chain().images().collect();
-    for item in batch {
+    for item in items {
         let What::Data { runs, .. } = &item.what else { continue };
         for run in runs {
             match run.content {
