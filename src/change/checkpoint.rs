@@ -273,8 +273,8 @@ fn stage(
     new: &[u8],
     old: &dyn StoreFile,
 ) -> Result<Option<StorePath>> {
-    let temporary = temporary(at, decided, edit, index, new)?;
-    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
+    let yard = yard(at, edit)?;
+    let temporary = shared(&yard, decided, index, new);
     let unique = format!("staged-{index}-{:032x}", decided.site.clock.unique());
     let own = yard.temporary(decided.id(), &unique);
     write(at, &own, new, old)?;
@@ -293,10 +293,17 @@ fn temporary(
     index: usize,
     bytes: &[u8],
 ) -> Result<StorePath> {
-    let yard = Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))?;
+    Ok(shared(&yard(at, edit)?, decided, index, bytes))
+}
+
+fn yard(at: &At<'_>, edit: &CheckpointEdit) -> Result<Yard> {
+    Yard::of(at.backend, &edit.at.path).map_err(at.failed("make room beside"))
+}
+
+fn shared(yard: &Yard, decided: &Decided<'_>, index: usize, bytes: &[u8]) -> StorePath {
     let hash = blake3::hash(bytes).to_hex();
     let hash = hash.get(..16).unwrap_or_default();
-    Ok(yard.temporary(decided.id(), &format!("checkpoint-{index}-{hash}")))
+    yard.temporary(decided.id(), &format!("checkpoint-{index}-{hash}"))
 }
 
 /// The file that an earlier edit replaced, if the present one is just what that edit made of it: then it comes
