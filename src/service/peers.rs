@@ -37,10 +37,11 @@ impl Offers {
 
     /// Opens a member as it is now. Blocks.
     pub fn open(&self, config: &Config, caller: &Caller, member: &str) -> Result<Arc<Offer>, Problem> {
-        let path = full(member)?;
-        granted(caller, &path)?;
+        granted(caller, &full(member)?)?;
         let view = View::read(config)?;
         let id = resolve_one(&view.stores, &view.scan, member)?;
+        // What is given counts, however it was called.
+        granted(caller, &view.scan.graph.node(id).key.path)?;
         let offer = Arc::new(Offer::open(&view.stores, &view.scan, id)?);
         let name = view.name(id);
         if let Some(own) = offer.own() {
@@ -60,7 +61,11 @@ impl Offers {
         granted(caller, &full(member)?)?;
         if let Some(kept) = self.lock().get_mut(&(member.to_owned(), digest)) {
             kept.used = Instant::now();
-            return Ok(kept.offer.clone());
+            let offer = kept.offer.clone();
+            if let Some(own) = offer.own() {
+                granted(caller, &own.member)?;
+            }
+            return Ok(offer);
         }
         let offer = self.open(config, caller, member)?;
         if offer.own().is_none_or(|own| own.view_digest != digest) {
