@@ -10,7 +10,7 @@ use qchain::ops::delete::{ModeChoice, Terms};
 
 use super::support::crash::{Chain, Files, Judge, Row, Shape, Table, difference, full, seed, word};
 use super::support::grounds::{Ground, Place};
-use super::support::killing::{Verb, act, mutations};
+use super::support::killing::{Verb, act, mutations, recover_telling};
 use super::support::known::{self, Wanted};
 use super::support::mounts::{Bound, FsKind, LoopMount};
 use super::support::store::open_with;
@@ -83,7 +83,11 @@ impl Trial<'_> {
         } else {
             faulty.fail_at(at, errno, lasting);
         }
-        let result = self.act(&faulty, verb, Terms::default());
+        let result = if verb == Verb::Recover {
+            recover_telling(&open_with(Path::new("/nowhere"), Arc::new(faulty.clone())))
+        } else {
+            self.act(&faulty, verb, Terms::default()).map(|()| Vec::new())
+        };
         let trace = faulty.trace();
         let mut row = self.row.clone();
         let failed = mutations(&trace).get(usize::try_from(at).unwrap()).cloned().unwrap_or_default();
@@ -94,10 +98,10 @@ impl Trial<'_> {
         // Half a header leaves a deleted member's tables in disorder until it is written again, not its data.
         row.before = self.chain.wrong_views(self.judge, &now);
         let wanted = ends.last().unwrap();
-        if result.is_ok() {
-            // A merge in place for which there is no room any more is taken back by recovery, which tells so.
-            let no_room = verb == Verb::Recover && matches!(errno, ENOSPC | EDQUOT);
+        if let Ok(told) = &result {
             let differs = difference(&now, wanted);
+            // A merge in place for which there is no room any more is taken back by recovery, which has to tell so.
+            let no_room = !told.is_empty() && matches!(errno, ENOSPC | EDQUOT);
             let back = no_room && ends.iter().any(|end| difference(&now, end).is_empty());
             if !differs.is_empty() && !back {
                 row.before.push(format!("a success, but {differs:?}"));

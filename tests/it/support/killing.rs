@@ -93,12 +93,6 @@ pub fn act(
     let cancel = Cancel::default();
     let site = Site::new(stores, &SystemClock, &cancel, LONG);
     let failed = |error: OpError| with_causes(&error);
-    let failed_action = |action: &Action| match action {
-        Action::Failed { .. } | Action::Stuck(_) | Action::Frozen(_) | Action::Busy => {
-            Err(format!("{action:?}"))
-        }
-        Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => Ok(()),
-    };
     match verb {
         Verb::Delete | Verb::Consolidate => {
             let members: Vec<&str> = members.iter().map(String::as_str).collect();
@@ -106,16 +100,31 @@ pub fn act(
             let report: Report = change_by(&site, (aim, &members), mode, terms, 1).map_err(failed)?;
             report.outcomes.into_iter().find_map(|outcome| outcome.error).map_or(Ok(()), Err).map_err(failed)
         }
-        Verb::Recover => {
-            let recovered = recover(&site, Witness::None).map_err(failed)?;
-            recovered.iter().try_for_each(|one| failed_action(&one.action))
-        }
+        Verb::Recover => recover_telling(stores).map(drop),
         Verb::Undo => {
             let done = history(&site).map_err(failed)?;
             let last = done.last().map(|done| done.operation.to_string()).unwrap_or_default();
             let undone = undo(&site, &last, Witness::None).map_err(failed)?;
             failed_action(&undone.action)
         }
+    }
+}
+
+/// Recovers; which deleted members it says stay, and why.
+pub fn recover_telling(stores: &Stores) -> Result<Vec<String>, String> {
+    let cancel = Cancel::default();
+    let site = Site::new(stores, &SystemClock, &cancel, LONG);
+    let recovered = recover(&site, Witness::None).map_err(|error| with_causes(&error))?;
+    recovered.iter().try_for_each(|one| failed_action(&one.action))?;
+    Ok(recovered.into_iter().flat_map(|one| one.kept).collect())
+}
+
+fn failed_action(action: &Action) -> Result<(), String> {
+    match action {
+        Action::Failed { .. } | Action::Stuck(_) | Action::Frozen(_) | Action::Busy => {
+            Err(format!("{action:?}"))
+        }
+        Action::TakenBack | Action::Finished | Action::Grace(_) | Action::Retention(_) => Ok(()),
     }
 }
 
