@@ -67,3 +67,11 @@ def save(path, document):
         with open(path, "w") as file:
             json.dump(document, file, indent=1)
             file.write("\n")
+
+
+def run(*command):
+    """What a command said; the end of the measurement if it failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"bench: {' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout

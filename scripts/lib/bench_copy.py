@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 
-from bench_common import describe, machine, save
+from bench_common import describe, machine, run, save
 
 
 def arguments():
@@ -18,13 +18,6 @@ def arguments():
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--mebibytes", type=int, default=2048)
     return parser.parse_args()
-
-
-def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"bench: {' '.join(command)}: {done.stdout}{done.stderr}")
-    return done.stdout
 
 
 class Zone:

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
-from bench_common import describe, drop_caches, machine, save
+from bench_common import describe, drop_caches, machine, run, save
 
 CHAINS = 8
 MEMBERS = 12
@@ -27,13 +27,6 @@ def arguments():
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=3)
     return parser.parse_args()
-
-
-def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"bench: {' '.join(command)}: {done.stdout}{done.stderr}")
-    return done.stdout
 
 
 def make_chain(store, volume, members, mebibytes, first):
