@@ -1,4 +1,4 @@
-"""Measures `qchain copy` between two services beside rsync and curl of the flattened image. Run through scripts/bench copy."""
+"""Measures `qchain copy` from a service beside rsync of the flattened image. Run through scripts/bench copy."""
 
 import argparse
 import json
