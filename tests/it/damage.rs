@@ -57,18 +57,19 @@ impl Store {
 
 /// Changes bytes as bad storage does: nobody wrote, so the times stay.
 fn rot(path: &Path, at: u64, change: impl Fn(&mut [u8]), length: usize) {
-    let metadata = fs::metadata(path).unwrap();
-    write(path, at, change, length);
-    let file = File::options().write(true).open(path).unwrap();
-    file.set_modified(metadata.modified().unwrap()).unwrap();
+    super::support::rot::rot(path, at, &changed(path, at, change, length));
 }
 
 fn write(path: &Path, at: u64, change: impl Fn(&mut [u8]), length: usize) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
+    let bytes = changed(path, at, change, length);
+    File::options().write(true).open(path).unwrap().write_all_at(&bytes, at).unwrap();
+}
+
+fn changed(path: &Path, at: u64, change: impl Fn(&mut [u8]), length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
-    file.read_exact_at(&mut bytes, at).unwrap();
+    File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
     change(&mut bytes);
-    file.write_all_at(&bytes, at).unwrap();
+    bytes
 }
 
 fn flip(bit: u64) -> (u64, impl Fn(&mut [u8])) {

@@ -22,6 +22,7 @@ use super::support::digest::plain_digest;
 use super::support::flat::{Wish, flatten_into, flatten_to, read, stream_of};
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::qemu::{must, text};
+use super::support::rot::rot;
 use super::support::store::{adopt_well, init};
 
 /// Each way to each form.
@@ -206,13 +207,9 @@ fn equal_views_give_equal_images() {
 
 /// Flips a byte of a member's data without a trace in its times.
 fn damage(member: &Path, pattern: u8) {
-    use std::os::unix::fs::FileExt as _;
-    let before = fs::metadata(member).unwrap().modified().unwrap();
     let bytes = fs::read(member).unwrap();
     let at = bytes.chunks(4096).rposition(|chunk| chunk.iter().all(|byte| *byte == pattern)).unwrap() * 4096;
-    let file = fs::File::options().write(true).open(member).unwrap();
-    file.write_all_at(&[pattern ^ 1], at as u64 + 7).unwrap();
-    file.set_modified(before).unwrap();
+    rot(member, at as u64 + 7, &[pattern ^ 1]);
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod crash_foreign;
 mod crash_incoming;
 mod crash_kill;
 mod damage;
+mod database_tls;
 mod delete_cli;
 mod delete_deep;
 mod delete_faults;

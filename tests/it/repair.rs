@@ -1,12 +1,12 @@
 //! A damaged member gets its bad blocks back, from whatever has them, and nothing else is touched.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use super::support::chains::{assert_true, write_truth};
 use super::support::mounts::FsKind;
 use super::support::qemu::{Writer, must, text};
+use super::support::rot::rot;
 use super::support::volume::Volume;
 use super::support::world::{World, listing};
 
@@ -40,11 +40,7 @@ impl Places {
 
     /// Changes bytes of a member as bad storage does.
     fn rot(&self, name: &str, at: u64, bytes: &[u8]) {
-        let path = self.world.member(name);
-        let modified = fs::metadata(&path).unwrap().modified().unwrap();
-        let file = File::options().write(true).open(&path).unwrap();
-        file.write_all_at(bytes, at).unwrap();
-        file.set_modified(modified).unwrap();
+        rot(&self.world.member(name), at, bytes);
     }
 
     fn verdict(&self, name: &str) -> String {
@@ -210,10 +206,7 @@ fn too_little_room_is_told_in_bytes_before_the_first_one() {
     let map = must("qemu-img", &["map", "-U", "--output=json", text(&path)]);
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
     let run = map.as_array().unwrap().iter().find(|run| run["depth"] == 0 && run["offset"].is_u64()).unwrap();
-    let (at, modified) = (run["offset"].as_u64().unwrap(), fs::metadata(&path).unwrap().modified().unwrap());
-    let file = File::options().write(true).open(&path).unwrap();
-    file.write_all_at(&[0x5a; 512], at).unwrap();
-    file.set_modified(modified).unwrap();
+    rot(&path, run["offset"].as_u64().unwrap(), &[0x5a; 512]);
     let needed = fs::metadata(&path).unwrap().len() + 65_536;
     let filler = File::create(volume.mount.path().join("filler")).unwrap();
     let space = rustix::fs::statvfs(volume.mount.path()).unwrap();

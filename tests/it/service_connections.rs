@@ -11,6 +11,7 @@ use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::support::qemu::text;
 use super::support::service::{LONG, Served, configure};
+use super::support::tls::certificate;
 use super::support::world::World;
 
 /// How many connections do nothing.
@@ -88,13 +89,6 @@ fn connections_beyond_the_limit_are_closed_at_once() {
     }
 }
 
-/// Writes a certificate for loopback, which is its own root, and its key.
-fn certificate(directory: &Path) {
-    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
-    fs::write(directory.join("tls.pem"), made.cert.pem()).unwrap();
-    fs::write(directory.join("tls.key"), made.signing_key.serialize_pem()).unwrap();
-}
-
 /// Whether a client that knows that root takes the service's certificate.
 fn trusts(served: &Served, root: &Path) -> bool {
     let url = format!("https://{}/healthz", served.address);
@@ -110,7 +104,7 @@ fn the_certificate_is_changed_while_the_service_runs() {
     assert_eq!(world.run(&["init"]).0, 0);
     let directory = world.directory.path();
     let (pem, key, old) = (directory.join("tls.pem"), directory.join("tls.key"), directory.join("old.pem"));
-    certificate(directory);
+    certificate(directory, "tls");
     configure(&world, &format!("certificate = {pem:?}\nkey = {key:?}\n"));
     let served = Served::start(&world);
     assert!(trusts(&served, &pem));
@@ -119,7 +113,7 @@ fn the_certificate_is_changed_while_the_service_runs() {
     fs::write(&key, "nonsense").unwrap();
     served.signal(Signal::HUP);
     assert!(trusts(&served, &old));
-    certificate(directory);
+    certificate(directory, "tls");
     assert!(!trusts(&served, &pem), "it was read without being asked to");
     served.signal(Signal::HUP);
     let begun = Instant::now();

@@ -1,4 +1,7 @@
-//! A database server with CloudStack's tables, as far as snapshots are concerned.
+//! A database server with CloudStack's tables, as far as snapshots are concerned: MariaDB, or one that runs already.
+//!
+//! `QCHAIN_MYSQL_SOCKET=PATH` names the socket of another server (MySQL) whose user root needs no password; its database `cloud` is
+//! dropped and made anew, so tests have to run one after the other (`--test-threads=1`).
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,13 +37,30 @@ CREATE TABLE snapshot_store_ref (
 /// A server of our own, on a socket in a directory of its own; it ends with this value.
 #[derive(Debug)]
 pub struct MariaDb {
-    directory: TempDir,
-    server: Child,
+    socket: PathBuf,
+    /// None: it was there before.
+    own: Option<(Child, TempDir)>,
 }
 
 impl MariaDb {
     /// Starts one with empty tables.
     pub fn start() -> Self {
+        if let Some(socket) = std::env::var_os("QCHAIN_MYSQL_SOCKET") {
+            let database = Self { socket: socket.into(), own: None };
+            database.reset();
+            return database;
+        }
+        Self::start_with(&["--skip-networking"])
+    }
+
+    /// Starts one with empty tables that also listens on a port of 127.0.0.1, with a certificate and its key.
+    pub fn start_tls(port: u16, certificate: &Path, key: &Path) -> Self {
+        let (certificate, key) =
+            (format!("--ssl-cert={}", certificate.display()), format!("--ssl-key={}", key.display()));
+        Self::start_with(&["--bind-address=127.0.0.1", &format!("--port={port}"), &certificate, &key])
+    }
+
+    fn start_with(flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("data");
         let data_flag = format!("--datadir={}", data.display());
@@ -49,7 +69,8 @@ impl MariaDb {
             &["--no-defaults", &data_flag, "--auth-root-authentication-method=normal", "--user=root"],
         );
         let server = Command::new("mariadbd")
-            .args(["--no-defaults", "--user=root", "--skip-networking", "--innodb-buffer-pool-size=32M"])
+            .args(["--no-defaults", "--user=root", "--innodb-buffer-pool-size=32M"])
+            .args(flags)
             .arg(&data_flag)
             .arg(format!("--socket={}", directory.path().join("s").display()))
             .arg(format!("--pid-file={}", directory.path().join("pid").display()))
@@ -57,7 +78,7 @@ impl MariaDb {
             .stderr(Stdio::null())
             .spawn()
             .unwrap_or_else(|error| panic!("mariadbd: {error}"));
-        let database = Self { directory, server };
+        let database = Self { socket: directory.path().join("s"), own: Some((server, directory)) };
         let begun = Instant::now();
         while !database.client("SELECT 1").status().unwrap().success() {
             assert!(begun.elapsed() < PATIENCE, "the database server does not start");
@@ -72,20 +93,16 @@ impl MariaDb {
         self.run(&format!("DROP DATABASE IF EXISTS cloud; {TABLES}"));
     }
 
-    fn socket(&self) -> PathBuf {
-        self.directory.path().join("s")
-    }
-
     fn client(&self, sql: &str) -> Command {
         let mut client = Command::new("mariadb");
-        client.args(["--no-defaults", "--batch", "--user=root", "--socket", text(&self.socket()), "-e", sql]);
+        client.args(["--no-defaults", "--batch", "--user=root", "--socket", text(&self.socket), "-e", sql]);
         client.stderr(Stdio::null()).stdout(Stdio::null());
         client
     }
 
     /// What it is connected to by.
     pub fn url(&self) -> String {
-        format!("mysql://root@localhost/cloud?socket={}", self.socket().display())
+        format!("mysql://root@localhost/cloud?socket={}", self.socket.display())
     }
 
     /// Runs statements.
@@ -105,7 +122,7 @@ impl MariaDb {
     pub fn export(&self, to: &Path) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/export-records.sql");
         let output = Command::new("mariadb")
-            .args(["--no-defaults", "--batch", "--user=root", "--socket", text(&self.socket()), "cloud"])
+            .args(["--no-defaults", "--batch", "--user=root", "--socket", text(&self.socket), "cloud"])
             .stdin(std::fs::File::open(script).unwrap())
             .output()
             .unwrap();
@@ -116,8 +133,10 @@ impl MariaDb {
 
 impl Drop for MariaDb {
     fn drop(&mut self) {
-        // Nothing of it is needed any more.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
+        if let Some((server, _)) = &mut self.own {
+            // Nothing of it is needed any more.
+            let _ = server.kill();
+            let _ = server.wait();
+        }
     }
 }
