@@ -13,6 +13,7 @@ use crate::progress::{Cancel, Progress};
 use crate::qcow2::image::MIN_WINDOW_BYTES;
 use crate::qcow2::{Content, ImageError, Run};
 use crate::store::ahead::at_once;
+use crate::store::buffers::Buffers;
 use crate::store::chain::OpenChain;
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 
@@ -113,6 +114,7 @@ struct Batch {
     open: Vec<Run>,
     bytes: u64,
     runs: usize,
+    buffers: Buffers,
 }
 
 impl Batch {
@@ -159,15 +161,16 @@ impl Batch {
         self.runs = self.open.len();
         self.bytes = 0;
         let Reading { read, readers, cancel } = *reading;
-        let hash = |buffer: &mut Vec<u8>, item: &Item| match item {
+        let buffers = &self.buffers;
+        let hash = |item: &Item| match item {
             Item::Zeros(count) => Ok((*count, Vec::new())),
             Item::Blocks(runs) => {
                 cancel.check().map_err(|_| ImageError::Cancelled { image: name.to_owned() })?;
-                Ok((0, leaves(runs, buffer, read)?))
+                Ok((0, buffers.with(|buffer| leaves(runs, buffer, read))?))
             }
         };
         let hashed: Vec<(u64, Vec<Digest>)> =
-            at_once(readers, || items.par_iter().map_init(Vec::new, hash).collect::<Result<_>>())?;
+            at_once(readers, || items.par_iter().map(hash).collect::<Result<_>>())?;
         for (zeros, leaves) in hashed {
             tree.push_zero_blocks(zeros);
             for leaf in leaves {

@@ -15,6 +15,7 @@
 
 pub mod ahead;
 pub mod attest;
+pub mod buffers;
 pub mod cache;
 pub mod caches;
 pub mod chain;

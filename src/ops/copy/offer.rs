@@ -3,7 +3,6 @@
 //! All files of the line are open and stay so: names may get other files meanwhile, what is offered stays what it was.
 //! Every block is held against its leaf before it is given away, so damage does not travel.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -17,6 +16,7 @@ use crate::failure::Code;
 use crate::ids::{Digest, StorePath};
 use crate::ops::{OpError, Result};
 use crate::qcow2::{ImageError, Run};
+use crate::store::buffers::Buffers;
 use crate::store::manifest::{Blocks, Manifest, leaves};
 use crate::store::scan::{Incoming, Scan};
 use crate::store::stream::Source;
@@ -73,10 +73,8 @@ impl LineMember {
     }
 }
 
-thread_local! {
-    /// What a thread reads into: a fresh buffer costs as much in page faults as reading it.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+/// What is read into, whoever asks: one for each that reads at the same time.
+static BUFFERS: Buffers = Buffers::new();
 
 /// A member that is offered.
 #[derive(Debug)]
@@ -220,10 +218,7 @@ impl Offer {
     }
 
     fn read<T>(&self, item: &Item, make: &impl Fn(u64, &[u8]) -> T) -> Result<Vec<T>> {
-        let mut bytes = BUFFER.take();
-        let done = self.read_into(item, make, &mut bytes);
-        BUFFER.set(bytes);
-        done
+        BUFFERS.with(|bytes| self.read_into(item, make, bytes))
     }
 
     fn read_into<T>(

@@ -23,6 +23,7 @@ use crate::ids::Digest;
 use crate::progress::{Cancel, Pace, Progress};
 use crate::qcow2::{ExtentKind, Image, ImageError};
 use crate::store::ahead::at_once;
+use crate::store::buffers::Buffers;
 use crate::store::chain::OpenChain;
 use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset, HostOffset};
 use pieces::{Piece, Place, pieces};
@@ -31,8 +32,8 @@ use pieces::{Piece, Place, pieces};
 pub const SLICE_BLOCKS: u64 = 1 << 20;
 /// The most that is read and hashed in one go.
 const TASK_BLOCKS: u64 = 16;
-/// How many of those are worked on between two looks at the pace and the request to stop.
-const BATCH_TASKS: usize = 64;
+/// How many of those reads are worked on between two looks at the pace and the request to stop.
+const BATCH_READS: usize = 64;
 
 type Result<T> = std::result::Result<T, ImageError>;
 
@@ -237,39 +238,66 @@ fn read(
     job: &Job<'_>,
 ) -> Result<()> {
     let readers = image.file().reads_at_once();
-    for batch in tasks.chunks(BATCH_TASKS) {
-        let bytes = batch.iter().map(Task::bytes).sum();
+    let buffers = Buffers::default();
+    let reads: Vec<&[Task]> = reads(tasks).collect();
+    for batch in reads.chunks(BATCH_READS) {
+        let bytes = batch.iter().copied().flatten().map(Task::bytes).sum();
         job.pace.spend(bytes, job.cancel);
         job.cancel.check().map_err(|_| ImageError::Cancelled { image: image.name().to_owned() })?;
         let tolerant = job.tolerant;
-        let hash = |buffer: &mut Vec<u8>, task: &Task| hash(chain, image, task, buffer, tolerant);
-        let hashed: Vec<Vec<Digest>> = at_once(readers, || {
-            batch.par_iter().with_max_len(1).map_init(Vec::new, hash).collect::<Result<_>>()
-        })?;
-        for (task, hashed) in batch.iter().zip(hashed) {
-            place(leaves, task, &hashed);
+        let hash = |tasks: &&[Task]| buffers.with(|buffer| hash(chain, image, tasks, buffer, tolerant));
+        let hashed: Vec<Vec<Digest>> =
+            at_once(readers, || batch.par_iter().with_max_len(1).map(hash).collect::<Result<_>>())?;
+        for (tasks, hashed) in batch.iter().zip(hashed) {
+            place(leaves, tasks, &hashed);
         }
         job.progress.advance(bytes);
     }
     Ok(())
 }
 
-fn place(leaves: &mut [Digest], task: &Task, hashed: &[Digest]) {
-    if let Some(to) = leaves.get_mut(task.rank..task.rank + hashed.len()) {
-        to.copy_from_slice(hashed);
+/// Puts tasks together that lie one behind the other in the file, whatever they are in the view, so that clusters which came
+/// in no order are read in large pieces too.
+fn reads(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
+    let mut rest = tasks;
+    std::iter::from_fn(move || {
+        let first = rest.first()?;
+        let mut end = first.host.map(|host| host.plus(first.bytes()));
+        let mut blocks = first.count;
+        let more = rest.iter().skip(1).take_while(|task| {
+            blocks += task.count;
+            let goes_on = end.is_some() && task.host == end && blocks <= TASK_BLOCKS;
+            end = task.host.map(|host| host.plus(task.bytes()));
+            goes_on
+        });
+        let (read, left) = rest.split_at(1 + more.count());
+        rest = left;
+        Some(read)
+    })
+}
+
+/// Puts the leaves of tasks, one behind the other, to where those of each belong.
+fn place(leaves: &mut [Digest], tasks: &[Task], hashed: &[Digest]) {
+    let mut hashed = hashed.iter();
+    for task in tasks {
+        let count = usize::try_from(task.count).unwrap_or_default();
+        let to = leaves.iter_mut().skip(task.rank).take(count);
+        to.zip(hashed.by_ref()).for_each(|(to, from)| *to = *from);
     }
 }
 
+/// Reads and hashes some tasks: one, or more that lie one behind the other in the file.
 fn hash(
     chain: &OpenChain,
     image: &Image,
-    task: &Task,
+    tasks: &[Task],
     buffer: &mut Vec<u8>,
     tolerant: bool,
 ) -> Result<Vec<Digest>> {
-    buffer.resize(usize::try_from(task.bytes()).unwrap_or_default(), 0);
-    let start = GuestOffset(task.first * BLOCK_BYTES);
-    match task.host {
+    let Some(first) = tasks.first() else { return Ok(Vec::new()) };
+    buffer.resize(usize::try_from(tasks.iter().map(Task::bytes).sum::<u64>()).unwrap_or_default(), 0);
+    let start = GuestOffset(first.first * BLOCK_BYTES);
+    match first.host {
         Some(host) => image.read_data(host, buffer)?,
         // Past the view's end it reads zeros, as its last block is padded.
         None => match chain.read(start, buffer) {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{BATCH_TASKS, BLOCK_LENGTH, Job, Result, Task, hash, place, read};
+use super::{BATCH_READS, BLOCK_LENGTH, Job, Result, Task, hash, place, read};
 use crate::digest::leaf;
 use crate::ids::Digest;
 use crate::qcow2::{Image, ImageError};
@@ -50,16 +50,17 @@ impl WholeFile {
                 .collect();
             for (task, hashed) in now.iter().zip(hashed) {
                 match hashed {
-                    Some(hashed) => place(leaves, task, &hashed),
+                    Some(hashed) => place(leaves, std::slice::from_ref(task), &hashed),
                     None => left.push(*task),
                 }
             }
         })?;
         left.extend_from_slice(tasks);
         // In pieces of the file that were just read, or put together from it: little in most files.
-        if left.len() < BATCH_TASKS {
+        if left.len() < BATCH_READS {
             let mut buffer = Vec::new();
             for task in &left {
+                let task = std::slice::from_ref(task);
                 let hashed = hash(chain, image, task, &mut buffer, job.tolerant)?;
                 place(leaves, task, &hashed);
             }

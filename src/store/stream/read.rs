@@ -3,8 +3,8 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -12,6 +12,7 @@ use crate::digest::{TreeBuilder, block_count, leaf};
 use crate::ids::Digest;
 use crate::qcow2::layout::canonical::{Canonical, Part};
 use crate::qcow2::{Content, ImageError, Run};
+use crate::store::buffers::Buffers;
 use crate::store::error::{Result, StoreError};
 use crate::store::measure::Job;
 use crate::store::stream::Source;
@@ -29,32 +30,6 @@ const MOST_PLANNED: usize = 1024;
 const MOST_ITEMS: usize = 64;
 /// How many batches may wait to be given away.
 const AHEAD: usize = 2;
-
-/// Buffers that were given away, to be filled again: a fresh one of this size costs as much in page faults as reading it.
-#[derive(Debug, Default)]
-struct Buffers(Mutex<Vec<Vec<u8>>>);
-
-impl Buffers {
-    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// So many bytes, of whatever content.
-    fn take(&self, length: usize) -> Vec<u8> {
-        let mut buffer = self.lock().pop().unwrap_or_default();
-        buffer.resize(length, 0);
-        buffer
-    }
-
-    fn put(&self, buffer: Vec<u8>) {
-        self.lock().push(buffer);
-    }
-
-    /// Keeps no more than so many.
-    fn shrink(&self, count: usize) {
-        self.lock().truncate(count);
-    }
-}
 
 /// Bytes of an image for as long as somebody needs them; then their memory is used again.
 #[derive(Debug)]
