@@ -1,16 +1,21 @@
 //! `copy` over lines that cut, corrupt and shorten, and from peers that lie: never a wrong byte, nothing left behind.
 
+use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::support::chains::assert_true;
+use super::support::rot::rot;
 use super::support::world::World;
 use super::support::zones::{
-    Line, PEER, Then, giving, know, path, pull, same_as, serve, taking, temporaries,
+    Line, PEER, Then, copy, giving, know, path, pull, same_as, serve, taking, temporaries, truth,
 };
 
 const MIB: u64 = 1 << 20;
@@ -89,11 +94,7 @@ fn lines_with_faults_delay_and_nothing_else() {
         if fault == Fault::Repeat && every < 100_000 {
             // Hardly a block comes whole: it is refused, or comes right.
             for name in ["a", "b", "c"].iter().filter(|name| west.member(name).exists()) {
-                super::support::chains::assert_true(
-                    &west.member(name),
-                    &super::support::zones::truth(&east, name),
-                    name,
-                );
+                assert_true(&west.member(name), &truth(&east, name), name);
             }
             continue;
         }
@@ -102,6 +103,55 @@ fn lines_with_faults_delay_and_nothing_else() {
         if every >= 700_000 && fault != Fault::Repeat {
             assert!(line.came() < NEEDED + NEEDED / 4, "{fault:?} {every}: {} bytes came", line.came());
         }
+    }
+}
+
+/// Changes a bit; twice, and it is as it was.
+fn flip(path: &Path, at: u64) {
+    let mut byte = [0];
+    File::open(path).unwrap().read_exact_at(&mut byte, at).unwrap();
+    rot(path, at, &[byte[0] ^ 1]);
+}
+
+#[test]
+fn damage_at_the_giving_side_does_not_cross() {
+    let east = noisy();
+    let served = serve(&east, "");
+    let member = east.member("a");
+    let length = std::fs::metadata(&member).unwrap().len();
+    // Of the header, of its tables, of data here and there.
+    let table = 65_536 * 3;
+    let places = [5, 30, table + 3, length / 3, length / 2, length - 70_000];
+    for (by_service, at) in [false, true].into_iter().flat_map(|by| places.map(|at| (by, at))) {
+        let west = taking();
+        know(&west, &format!("http://{}", served.address), PEER, "");
+        let bring = || {
+            if by_service { pull(&west, &[&path("c")]) } else { copy(&west, &east.root(), &[&path("c")]) }
+        };
+        flip(&member, at);
+        let (exit, report) = bring();
+        if exit == 0 {
+            // Bytes that say where data are, or how much, are proved by what is found there.
+            assert!(at < length / 3, "{at}: {report}");
+            for name in ["c", "b", "a"] {
+                assert_true(&west.member(name), &truth(&east, name), name);
+                std::fs::remove_file(west.member(name)).unwrap();
+            }
+        } else {
+            let code = report["error"]["code"].as_str().unwrap();
+            assert!(at < length / 3 || code == "data-damaged", "{at}: {report}");
+        }
+        assert_eq!(east.run(&["verify", "--level", "data"]).0, 1, "{at}");
+        let (exit, report) = bring();
+        assert_ne!(exit, 0, "{at}: {report}");
+        assert!(at < length / 3 || report["error"]["code"] == "quarantined", "{at}: {report}");
+        for name in ["a", "b", "c"] {
+            assert!(!west.member(name).exists(), "{at}: {name} came");
+        }
+        flip(&member, at);
+        assert_eq!(east.run(&["verify", "--level", "data"]).0, 0, "{at}");
+        assert_eq!(bring().0, 0);
+        same_as(&west, &east, &["a", "b", "c"]);
     }
 }
 

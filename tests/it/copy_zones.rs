@@ -1,7 +1,6 @@
 //! `copy` between two services: what crosses the line, tokens, certificates, jobs, kills of either side, merges meanwhile.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -10,6 +9,7 @@ use serde_json::json;
 use super::support::chains::write_truth;
 use super::support::qemu::{must, text};
 use super::support::service::{LONG, OPERATE, READ, Served};
+use super::support::tls::certificate;
 use super::support::world::World;
 use super::support::zones::{
     Line, PEER, Then, adopt, giving, know, path, pull, pull_command, same_as, serve, taking, temporaries,
@@ -117,22 +117,10 @@ fn tokens_reach_as_far_as_they_say() {
 
 #[test]
 fn certificates_are_those_that_were_named() {
-    let made = |name: &str| {
-        let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
-        (made.cert.pem(), made.signing_key.serialize_pem())
-    };
     let east = giving(World::forked(), &["a", "b", "c", "d"]);
     let directory = east.directory.path();
-    let ((certificate, key), (other, _)) = (made("127.0.0.1"), made("127.0.0.1"));
-    let write = |name: &str, text: &str| {
-        let file = directory.join(name);
-        fs::write(&file, text).unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-        file.display().to_string()
-    };
-    let (file, key_file, other) =
-        (write("c.pem", &certificate), write("k.pem", &key), write("o.pem", &other));
-    let served = serve(&east, &format!("certificate = {file:?}\nkey = {key_file:?}\n"));
+    let ((file, key), (other, _)) = (certificate(directory, "c"), certificate(directory, "o"));
+    let served = serve(&east, &format!("certificate = {file:?}\nkey = {key:?}\n"));
     let west = taking();
     let url = format!("https://{}", served.address);
     know(&west, &url, PEER, &format!("certificate = {other:?}\n"));

@@ -10,6 +10,7 @@ mod conformance;
 mod consolidate;
 mod consolidate_rows;
 mod copy_faults;
+mod copy_parents;
 mod copy_stores;
 mod copy_zones;
 mod crash_errors;

@@ -172,6 +172,17 @@ impl<'a> Arrival<'a> {
         })
     }
 
+    /// Takes the name back from the file with this inode number, which it was given to. Somebody else's file keeps it.
+    pub fn take_back(&self, inode: u64) -> Result<()> {
+        let backend = self.backend().as_ref();
+        let taken = match backend.stat(&self.target) {
+            Ok(stat) if stat.id.inode == inode => backend.remove_file(&self.target),
+            Ok(_) | Err(BackendError::NotFound { .. }) => return Ok(()),
+            Err(source) => Err(source),
+        };
+        taken.and_then(|()| backend.sync_dir(&self.target.parent())).map_err(|source| self.error(source))
+    }
+
     /// Whether there is anything in the directory of a name.
     pub fn has_beside(&self, name: &StorePath) -> bool {
         self.backend().read_dir(&name.parent()).is_ok_and(|entries| !entries.is_empty())

@@ -4,6 +4,7 @@ use super::arrival::Arrival;
 use super::need::{Need, Tables};
 use super::offer::LineMember;
 use super::{Below, Run};
+use crate::backend::BackendError;
 use crate::change::{Lease, tree};
 use crate::digest::block_count;
 use crate::digest::view::{Seen, view_digest};
@@ -118,9 +119,18 @@ pub(super) fn attest(
 
 /// Gives the proved file its name, if what it stands on is still there with that view.
 ///
+/// A lease keeps others from merging that away meanwhile; but whoever is stopped for longer than it lasts does not know. So
+/// what it stands on is looked at once more when the name is given, and the name is taken back if it is not what it was. A merge in
+/// turn looks for readers when its member has gone: one of both sees the other.
+///
+/// # Errors
+///
+/// `changed-meanwhile`: the name is free, or somebody else's.
+///
 /// # After a crash
 ///
-/// The name is free, or stands for the file with its manifest in force.
+/// The name is free, or stands for the file with its manifest in force. Only if what it stands on went in that very moment is
+/// it there without it: `verify` says so, and an undo of that merge brings it back.
 pub(super) fn publish(
     run: &Run<'_>,
     arrival: &Arrival<'_>,
@@ -131,35 +141,47 @@ pub(super) fn publish(
     let site = run.to.site;
     let store = site.stores.get(run.to.store)?;
     run.work.cancel.check()?;
+    let stands = made.backing.is_some();
     // Nobody merges what it stands on away in this very moment.
     let mut _lease = None;
-    if made.backing.is_some()
-        && let (Some(root), Some(parent), Some(known)) =
-            (below.keys.first(), below.keys.last(), below.manifests.last())
-    {
+    if stands && let Some(root) = below.keys.first() {
         if let Some(tree) = tree::find(site.stores.get(root.store)?.backend(), &root.path)? {
             _lease = Some(Lease::take(site, root.store, &tree)?);
         }
-        let home = site.stores.get(parent.store)?;
-        let gone = |message: &str| OpError::Refused {
-            code: Code::ChangedMeanwhile,
-            member: site.stores.display(parent),
-            message: message.to_owned(),
-        };
-        let stat = home.backend().stat(&parent.path);
-        let stat = stat.map_err(|_| gone("it went away while a member came that stands on it"))?;
-        let now = shelf::Shelf::load(home)?.find(home, &parent.path, &stat)?;
-        if now.current().is_none_or(|now| now.view_digest != known.view_digest) {
-            return Err(gone("it became another one while a member came that stands on it"));
-        }
+        is_there(run, below)?;
     }
     arrival.check()?;
     arrival.name(made.what)?;
+    if stands && let Err(error) = is_there(run, below) {
+        arrival.take_back(manifest.file.inode)?;
+        return Err(error);
+    }
     // A sweep that saw the manifest without its member took it for forgotten.
     if shelf::read(store, &manifest.member, manifest.file.inode)?.is_none() {
         shelf::write(store, manifest)?;
     }
     Ok(())
+}
+
+/// Whether the member that a new one stands on has its name, and the view that the new one was made for.
+fn is_there(run: &Run<'_>, below: &Below) -> Result<()> {
+    let stores = run.to.site.stores;
+    let (Some(parent), Some(known)) = (below.keys.last(), below.manifests.last()) else { return Ok(()) };
+    let home = stores.get(parent.store)?;
+    let changed = |what: &str| OpError::Refused {
+        code: Code::ChangedMeanwhile,
+        member: stores.display(parent),
+        message: format!("it {what} while a member came that stands on it"),
+    };
+    let stat = match home.backend().stat(&parent.path) {
+        Ok(stat) => stat,
+        Err(BackendError::NotFound { .. }) => return Err(changed("went away")),
+        Err(source) => return Err(StoreError::backend(home, source).into()),
+    };
+    match shelf::current(home, &parent.path, &stat)? {
+        Some(now) if now.view_digest == known.view_digest => Ok(()),
+        _ => Err(changed("became another one")),
+    }
 }
 
 fn unproved(shown: &str, what: &str) -> OpError {

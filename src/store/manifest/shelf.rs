@@ -219,6 +219,12 @@ pub fn known(stores: &Stores, scan: &Scan, shelves: &[Shelf], id: NodeId) -> Res
     }
 }
 
+/// The manifest in force of a member whose name stands for the file `stat`. Lists nothing.
+pub fn current(store: &Store, member: &StorePath, stat: &Stat) -> Result<Option<Manifest>> {
+    let found = read(store, member, stat.id.inode)?.and_then(std::result::Result::ok);
+    Ok(found.filter(|manifest| manifest.file == FileMark::from(stat)))
+}
+
 /// Reads the manifest of one file; the inner error says what is wrong with it.
 pub fn read(
     store: &Store,
