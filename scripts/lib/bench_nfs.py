@@ -1,4 +1,5 @@
-"""Measures `qchain list` and reading over NFS without a mount, beside the directory itself and nfs-cp. Run through scripts/bench nfs."""
+"""Measures `qchain list`, reading, writing and flattening over NFS without a mount, beside the directory itself, nfs-cp and qemu-img. Run
+through scripts/bench nfs."""
 
 import argparse
 import contextlib
@@ -8,7 +9,7 @@ import statistics
 import subprocess
 import sys
 
-from bench_common import describe, machine, measured, save
+from bench_common import describe, machine, measured, run, save
 from bench_store import CHAIN, make, pattern_of
 
 FILE_BYTES = 1 << 30
@@ -75,18 +76,69 @@ def read_runs(options, runs):
                 "nfs-cp to /dev/shm (reads, writes)": ["nfs-cp", theirs, COPY],
             }
             after = f", each call {delay} ms longer" if delay else ""
-            try:
-                for _ in range(3 if delay else 5):
-                    for name, command in contestants.items():
-                        # nfs-cp replaces nothing.
-                        subprocess.run(["rm", "-f", COPY], check=True)
-                        seconds, peak, _ = measured([command])
-                        runs.append({"run": name + after, "seconds": seconds, "peak_bytes": peak})
-            finally:
-                subprocess.run(["rm", "-f", COPY], check=True)
-            for name in contestants:
-                seconds = statistics.median(run["seconds"] for run in runs if run["run"] == name + after)
-                print(f"  {name + after:<62}{seconds:>7.2f} s{(FILE_BYTES >> 20) / seconds:>9.0f} MiB/s", flush=True)
+            contest(runs, contestants, delay, [COPY])
+
+
+def contest(runs, contestants, delay, made):
+    """Runs all in turn, a few times, and prints the medians. What they make goes before each, as nfs-cp replaces nothing, and at the end."""
+    suffix = f", each call {delay} ms longer" if delay else ""
+    try:
+        for _ in range(3 if delay else 5):
+            for name, command in contestants.items():
+                subprocess.run(["rm", "-f", *made], check=True)
+                seconds, peak, _ = measured([command])
+                runs.append({"run": name + suffix, "seconds": seconds, "peak_bytes": peak})
+    finally:
+        subprocess.run(["rm", "-f", *made], check=True)
+    for name in contestants:
+        seconds = statistics.median(run["seconds"] for run in runs if run["run"] == name + suffix)
+        print(f"  {name + suffix:<62}{seconds:>7.2f} s{(FILE_BYTES >> 20) / seconds:>9.0f} MiB/s", flush=True)
+
+
+def write_runs(options, runs):
+    """What qchain copy brings to an export is what nfs-cp brings there: the image of read_runs."""
+    given, taken = (os.path.join(options.directory, name) for name in ("given", "taken"))
+    for store in (given, taken):
+        os.makedirs(os.path.join(store, "snapshots/2/7"))
+    os.link(os.path.join(options.directory, "reading", "image"), os.path.join(given, "snapshots/2/7/image"))
+    qchain = ["env", f"XDG_CACHE_HOME={options.directory}/none", options.qchain, "--quiet"]
+    for store in (given, taken):
+        run(*qchain, "--store", store, "init")
+    run(*qchain, "--store", given, "adopt", "--now")
+    made = [os.path.join(taken, name) for name in ("snapshots/2/7/image", "copied")]
+    print(f"\n  {'the same, written':<40}{'median':>31}{'MiB/s':>14}")
+    for delay in (0, 5):
+        with proxy(options.port, delay) if delay else contextlib.nullcontext(options.port) as port:
+            ports = f"mountport={options.mount_port}"
+            contestants = {
+                "qchain copy to NFS (reads, hashes, writes, proves)": qchain
+                + ["--store", f"nfs://127.0.0.1:{port}/export/taken?{ports}", "copy", "--from", given, "image"],
+                "nfs-cp (reads, writes)": ["nfs-cp", os.path.join(given, "snapshots/2/7/image")]
+                + [f"nfs://127.0.0.1/export/taken/copied?version=3&nfsport={port}&{ports}"],
+            }
+            contest(runs, contestants, delay, made)
+
+
+def flatten_runs(options, runs):
+    """To a raw file in memory: what qemu-img convert reads by libnfs, where its module loads."""
+    print(f"\n  {'the same, flattened':<40}{'median':>31}{'MiB/s':>14}")
+    for delay in (0, 5):
+        with proxy(options.port, delay) if delay else contextlib.nullcontext(options.port) as port:
+            ports = f"mountport={options.mount_port}"
+            theirs = f"nfs://127.0.0.1/export/reading/image?version=3&nfsport={port}&{ports}"
+            store = f"nfs://127.0.0.1:{port}/export/reading?{ports}"
+            contestants = {
+                "qchain flatten -O raw": ["env", f"XDG_CACHE_HOME={options.directory}/none", options.qchain, "--quiet"]
+                + ["--store", store, "flatten", "image", COPY, "-O", "raw"]
+            }
+            # Its module takes neither ports nor a version: it finds the server by a portmapper on port 111, or not at all.
+            tried = subprocess.run(["qemu-img", "info", theirs.split("?")[0]], capture_output=True, text=True)
+            if tried.returncode == 0 and port == "2049":
+                contestants["qemu-img convert -O raw"] = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", theirs.split("?")[0], COPY]
+            else:
+                said = tried.stderr.strip().splitlines()[-1:] or ["it would open another server than the one that is measured"]
+                print(f"  (not beside qemu-img: {said[0]})")
+            contest(runs, contestants, delay, [COPY])
 
 
 def main():
@@ -100,6 +152,8 @@ def main():
     runs = []
     list_runs(options, runs)
     read_runs(options, runs)
+    write_runs(options, runs)
+    flatten_runs(options, runs)
     save(options.json, {"schema": 1, "command": options.command, "machine": facts, "members": options.members, "runs": runs})
 
 

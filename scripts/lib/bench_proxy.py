@@ -1,17 +1,31 @@
-"""Passes TCP connections on to a port of this host, each request so much later: a network of that round trip. Run by scripts/bench nfs."""
+"""Passes TCP connections on to a port of this host, what is sent there so much later: a network of that round trip, in which any number
+of requests can be under way. Run by scripts/bench nfs."""
 
+import queue
 import socket
 import sys
 import threading
 import time
 
 
-def pump(source, sink, delay):
+def take(source, line, delay):
     try:
         while data := source.recv(1 << 20):
-            if delay:
-                # A connection has one small request at a time.
-                time.sleep(delay)
+            line.put((time.monotonic() + delay, data))
+    except OSError:
+        pass
+    line.put((0, b""))
+
+
+def pump(source, sink, delay):
+    line = queue.Queue(256)
+    threading.Thread(target=take, args=(source, line, delay), daemon=True).start()
+    try:
+        while True:
+            due, data = line.get()
+            if not data:
+                break
+            time.sleep(max(0, due - time.monotonic()))
             sink.sendall(data)
     except OSError:
         pass

@@ -4,6 +4,8 @@
 #   need_rust [COMPONENT...]      cargo, a linker for it, and components of the toolchain
 #   need_promtool                 promtool, at $PROMTOOL
 #   loop_mount FS IMAGE SIZE DIR  make a file system in a sparse file and mount it
+#   loop_direct DIR               let its loop device hand on requests as they come, many at once as a disk takes them: the buffered
+#                                 one answers one read after the other, and keeps all twice in memory
 #   can_loop_mount                whether that can work here
 #   scratch NAME                  set variable NAME to a fresh directory that goes away with this process
 #   quietly COMMAND...            run it; show what it said only if it fails
@@ -203,4 +205,10 @@ loop_mount() {
     # `mount` sets the loop device to vanish with the mount.
     quietly mount -o loop,noatime "$image" "$directory"
     UNDO_MOUNTS+=("$directory")
+}
+
+loop_direct() {
+    local device
+    device=$(findmnt --noheadings --output SOURCE --mountpoint "$1")
+    quietly losetup --direct-io=on "$device"
 }

@@ -55,7 +55,7 @@ nfs_start() {
     flock "$NFS_LOCK"
     NFS_PORT=20490 NFS_MOUNT_PORT=20491
     UNDO_ACTIONS+=(nfs_stop)
-    sed -e "s|@PORT@|$NFS_PORT|; s|@MOUNT_PORT@|$NFS_MOUNT_PORT|; s|@DIRECTORY@|$directory|" "$NFS_LIBRARY/ganesha.conf" >"$NFS_PLACE/ganesha.conf"
+    sed -e "s|@PORT@|$NFS_PORT|; s|@MOUNT_PORT@|$NFS_MOUNT_PORT|; s|@DIRECTORY@|$directory|; s|@ACCESS@|RW|; s|@SQUASH@|No_Root_Squash|" "$NFS_LIBRARY/ganesha.conf" >"$NFS_PLACE/ganesha.conf"
     unshare --mount --propagation slave sh -c "$NFS_PRIVATE" >"$NFS_PLACE/rpcbind.out" 2>&1 {NFS_LOCK}>&- &
     NFS_RPCBIND_PID=$!
     for ((try = 0; try < 200; try++)); do

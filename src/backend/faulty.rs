@@ -362,6 +362,14 @@ impl Backend for Faulty {
         self.inner.local_path(path)
     }
 
+    fn seen_from(&self, host: &str) -> String {
+        self.inner.seen_from(host)
+    }
+
+    fn of_known(&self, found: Capabilities) -> Capabilities {
+        self.inner.of_known(found)
+    }
+
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
         self.call("probe", scratch, true, || self.inner.probe(scratch))
     }

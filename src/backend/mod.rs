@@ -2,7 +2,7 @@
 //!
 //! Owns: opening, reading, writing, moving, naming and locking files below one root. Does not own: what is
 //! in them. [`Backend`] is a store, [`StoreFile`] one open file on it; [`posix`] is a directory of a mount, [`nfs3`]
-//! an export that is read without one,
+//! an export without one,
 //! [`memory`] a store for tests and simulation, [`faulty`] wraps either and fails, delays or counts calls,
 //! [`slow`] makes either as slow as a network mount. All pass one conformance suite ([`conformance`]). Only [`publish`] gives a file the name of another.
 //!
@@ -12,6 +12,7 @@
 //! All calls block. None of them follows a symbolic link or leaves the root, whatever the names say.
 
 pub mod conformance;
+mod copying;
 mod error;
 pub mod faulty;
 pub mod memory;
@@ -43,7 +44,7 @@ pub trait Backend: Send + Sync + Debug {
     /// What messages call the store: the directory, or the URL.
     fn describe(&self) -> String;
 
-    /// Whether the store can only be read: each call that would change something is [`BackendError::ReadOnly`].
+    /// Whether the store is known to be one that can only be read, so that nothing need be tried.
     fn read_only(&self) -> bool {
         false
     }
@@ -125,10 +126,21 @@ pub trait Backend: Send + Sync + Debug {
     /// hint only.
     fn try_lock(&self, path: &StorePath, kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>>;
 
+    /// Where those are, on a host of that name, whom [`Backend::try_lock`] excludes: processes that reach the store by
+    /// another way see other locks.
+    fn seen_from(&self, host: &str) -> String {
+        host.to_owned()
+    }
+
     /// The absolute path by which other programs on this host reach that name, whether or not it exists;
     /// `None` if there is none (a store that is no directory here, or whose directory is not at its place
     /// any more). The name is not looked at: a program that opens it follows links. May block.
     fn local_path(&self, path: &StorePath) -> Option<PathBuf>;
+
+    /// What of that, found out by [`Backend::probe`] perhaps by another way to the same files, this way can have.
+    fn of_known(&self, found: Capabilities) -> Capabilities {
+        found
+    }
 
     /// Finds out, by trying in `scratch` (an existing directory of qchain's own), what the store can do.
     /// Leaves nothing behind.

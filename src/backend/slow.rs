@@ -161,6 +161,14 @@ impl Backend for Slow {
         self.inner.local_path(path)
     }
 
+    fn seen_from(&self, host: &str) -> String {
+        self.inner().seen_from(host)
+    }
+
+    fn of_known(&self, found: Capabilities) -> Capabilities {
+        self.inner().of_known(found)
+    }
+
     fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
         let found = self.inner().probe(scratch)?;
         Ok(Capabilities { network: true, clone: false, clone_alignment: 0, ..found })

@@ -74,10 +74,11 @@ impl Lease {
     /// Takes the lease that is a given file of qchain's own: that of a job. Otherwise as [`Lease::take`].
     pub fn take_file(site: &Site<'_>, store: usize, path: &StorePath) -> Result<Self> {
         let backend = site.stores.get(store)?.backend();
+        let host = backend.seen_from(&site.owner.host);
         let failed = |source| ChangeError::Store { action: "lease", member: path.to_string(), source };
         let takes = |seen: &Option<Content>| match seen {
             None => true,
-            Some(content) => content.free || content.host == site.owner.host,
+            Some(content) => content.free || content.host == host,
         };
         let (local, seen) = {
             let _one = site.leases.taking.lock().unwrap_or_else(PoisonError::into_inner);
@@ -107,7 +108,7 @@ impl Lease {
         let held = Held {
             backend: backend.clone(),
             path,
-            host: site.owner.host.clone(),
+            host: backend.seen_from(&site.owner.host),
             process: site.owner.process.clone(),
             nonce: format!("{:032x}", site.clock.unique()),
             counter: AtomicU64::new(0),

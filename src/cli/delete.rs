@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::error::{Exit, Result};
-use super::merges::{Manner, Shown, exit, start};
+use super::merges::{Manner, Shown, Vouched, exit, start};
 use super::{members, metrics};
 use crate::change::leaving::leaving;
 use crate::database::read_export;
@@ -40,6 +40,8 @@ pub struct Args {
     rehearse: bool,
     #[command(flatten)]
     manner: Manner,
+    #[command(flatten)]
+    vouched: Vouched,
     #[command(flatten)]
     pub metrics: metrics::Args,
 }
@@ -77,6 +79,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         end_of_chain: args.end_of_chain,
         dry_run: args.dry_run,
         force: args.force,
+        exclusive: args.vouched.exclusive,
         ..Request::default()
     };
     context.progress().phase("planning", 0);

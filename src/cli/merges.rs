@@ -76,6 +76,15 @@ impl Manner {
     }
 }
 
+/// The flag of what may merge in place.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+pub struct Vouched {
+    /// You vouch that nobody else has the members open, on any host: merges in place need no locks to prove it
+    #[arg(long)]
+    pub exclusive: bool,
+}
+
 /// How to move data.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Mode {

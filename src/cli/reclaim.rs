@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::context::Context;
 use super::error::{CliError, Exit, Result};
-use super::merges::{Manner, Shown, exit, start};
+use super::merges::{Manner, Shown, Vouched, exit, start};
 use super::output::human;
 use super::{metrics, output, values};
 use crate::change::leaving::leaving;
@@ -52,6 +52,8 @@ pub struct Args {
     dry_run: bool,
     #[command(flatten)]
     manner: Manner,
+    #[command(flatten)]
+    vouched: Vouched,
     #[command(flatten)]
     pub metrics: metrics::Args,
 }
@@ -126,6 +128,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         leaving,
         superseded,
         stubs: args.rows == Rows::Untouched,
+        exclusive: args.vouched.exclusive,
         ..Request::default()
     };
     request.targets = selectable(&stores, &scan, &request, &mut findings);

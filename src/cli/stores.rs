@@ -110,7 +110,7 @@ fn of_settings(store: &StoreSettings) -> Result<StoreConfig> {
 enum Place {
     /// A directory, absolute.
     Directory(PathBuf),
-    /// An export that is read without a mount.
+    /// An export without a mount.
     Export(NfsUrl),
 }
 

@@ -272,9 +272,9 @@ codes! {
         "Choose another name; --overwrite replaces a file that is no member of a chain and that QEMU does not have open.";
     /// Read-only.
     ReadOnly = "read-only", Error,
-        "A changing command was called with --read-only, or on a store that is only read: an nfs:// export without a mount.",
+        "A changing command was called with --read-only, or on an export or file system that is read-only for this user.",
         "None; nothing was done.",
-        "Leave --read-only away; mount the export and give the directory.";
+        "Leave --read-only away; export the directory for writing, also to this host and user.";
     /// Another operation is at work on the store.
     StoreBusy = "store-busy", Info,
         "Another qchain changes this store or tree now.",

@@ -67,8 +67,8 @@ pub enum StoreError {
         /// The store.
         store: String,
     },
-    /// The store is read without a mount.
-    #[error("{store} is read without a mount, and cannot be changed so; mount it and give the directory")]
+    /// The export may only be read.
+    #[error("{store} can only be read: the export is read-only, or this user may not write to its root")]
     ReadOnly {
         /// The store.
         store: String,

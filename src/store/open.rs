@@ -16,7 +16,7 @@ pub struct StoreConfig {
     /// Its name on the command line.
     pub id: StoreId,
     /// The directory as text, absolute: also a prefix that backing names may carry. Or the URL of an export that
-    /// is read without a mount.
+    /// is reached without a mount.
     pub root: String,
     /// CloudStack's URL of it.
     pub url: Option<StoreUrl>,
@@ -96,8 +96,8 @@ impl Store {
         self.kind
     }
 
-    /// Refuses what is never changed from here: an export that is read without a mount, and primary storage,
-    /// which hypervisors alone change.
+    /// Refuses what is never changed from here: an export that is read-only for this user, and primary storage, which
+    /// hypervisors alone change.
     pub fn check_changeable(&self) -> Result<()> {
         if self.backend.read_only() {
             return Err(StoreError::ReadOnly { store: self.backend.describe() });

@@ -18,7 +18,7 @@ use super::support::store::{
 };
 
 /// What to delete of a chain of four; the tip too.
-const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
+pub const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
 
 /// Whether the full matrices were asked for.
 pub fn full() -> bool {
@@ -109,7 +109,7 @@ fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], del
 }
 
 /// Each survivor's view digest was proved, and of what was copied the bytes, too.
-fn check_proof(report: &Report, means: Means, context: &str) {
+pub fn check_proof(report: &Report, means: Means, context: &str) {
     for outcome in report.outcomes.iter().filter(|outcome| outcome.into.is_some()) {
         assert!(outcome.view_digest.is_some(), "{context}: {outcome:?}");
         if means == Means::Copy {
@@ -119,13 +119,19 @@ fn check_proof(report: &Report, means: Means, context: &str) {
 }
 
 /// The survivors are adopted, and are what they were.
-fn check_known(store: &Path, context: &str) {
+pub fn check_known(store: &Path, context: &str) {
     let report = verify(store, Level::Data);
     let sound = report.checked.iter().all(|checked| checked.verdict == Verdict::Sound && checked.complete);
     assert!(sound && report.findings.is_empty(), "{context}: {report:#?}");
 }
 
-fn check_survivors(store: &Path, truth: &Path, deleted: &[&str], before: &[(u32, u32, u32)], context: &str) {
+pub fn check_survivors(
+    store: &Path,
+    truth: &Path,
+    deleted: &[&str],
+    before: &[(u32, u32, u32)],
+    context: &str,
+) {
     let survivors: Vec<&str> = NAMES[..4].iter().copied().filter(|name| !deleted.contains(name)).collect();
     let truths: Vec<(String, String)> = survivors
         .iter()

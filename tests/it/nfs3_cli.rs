@@ -1,5 +1,5 @@
-//! The reading verbs of the real program on an export without a mount say what they say on the directory itself; the
-//! others refuse.
+//! The reading verbs of the real program on an export without a mount say what they say on the directory itself; on one
+//! that is read-only the others refuse.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -12,8 +12,9 @@ use serde_json::Value;
 use super::delete_oracle::{chains, full};
 use super::support::chains::{build, folders};
 use super::support::digest::plain_digest;
-use super::support::nfs::{Ganesha, free_port};
+use super::support::nfs::{Ganesha, Terms, free_port};
 use super::support::qemu::{must, text};
+use super::support::rot::rot;
 use super::support::world::{World, listing};
 
 /// Runs the program with `--json` and a home for its caches; its exit code and what it printed.
@@ -98,17 +99,13 @@ fn bytes_are_held_against_manifests_as_on_the_directory() {
     assert_eq!(world.run(&["adopt", "--now"]).0, 0);
     let before = listing(&world.root().join(".qchain/manifests"));
     let url = server.url("");
-    let (exit, out) = run(&url, world.directory.path(), &["verify", "--level", "data"]);
+    let (exit, out) = run(&url, world.directory.path(), &["--read-only", "verify", "--level", "data"]);
     let document: Value = serde_json::from_slice(&out).unwrap();
     let sound = document["checked"].as_array().unwrap().iter().all(|one| one["verdict"] == "sound");
     assert!(exit == 0 && sound, "{document}");
-    assert_eq!(listing(&world.root().join(".qchain/manifests")), before, "an export is only read");
+    assert_eq!(listing(&world.root().join(".qchain/manifests")), before, "--read-only");
     same(&world.root(), &url, &[&["verify"]], "sound");
-    let path = world.member("b");
-    let modified = fs::metadata(&path).unwrap().modified().unwrap();
-    let file = fs::File::options().write(true).open(&path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[9; 100], 5 * 65_536 + 1000).unwrap();
-    file.set_modified(modified).unwrap();
+    rot(&world.member("b"), 5 * 65_536 + 1000, &[9; 100]);
     let (exit, _) = run(&url, world.directory.path(), &["verify", "--level", "data"]);
     assert_eq!(exit, 1);
     same(&world.root(), &url, &[&["verify", "--level", "data"]], "damaged");
@@ -155,10 +152,10 @@ fn who_may_not_read_what_is_qchains_reads_members_all_the_same() {
 }
 
 #[test]
-fn what_would_change_the_store_is_refused() {
+fn what_would_change_a_read_only_export_is_refused() {
     let world = World::forked();
     assert_eq!(world.run(&["init"]).0, 0);
-    let server = Ganesha::start(&world.root());
+    let server = Ganesha::start_on(&world.root(), Terms { access: "RO", ..Terms::default() });
     let before = listing(&world.root());
     let verbs: &[&[&str]] = &[
         &["init"],
@@ -173,7 +170,7 @@ fn what_would_change_the_store_is_refused() {
         let (exit, document) = world.run_on(&server.url(""), verb);
         let error = &document["error"];
         assert_eq!((exit, error["code"].as_str()), (3, Some("read-only")), "{verb:?}: {document}");
-        assert!(error["message"].as_str().unwrap().contains("mount it"), "{document}");
+        assert!(error["message"].as_str().unwrap().contains("read-only"), "{document}");
     }
     assert_eq!(listing(&world.root()), before);
 }

@@ -1,4 +1,4 @@
-//! An export read without a mount is what the directory is: the conformance suite, where one store writes and the
+//! An export without a mount is what the directory is: the conformance suite, also where one store writes and the
 //! other reads.
 
 use std::any::Any;
@@ -16,7 +16,6 @@ use qchain::backend::{
     Backend, BackendError, Capabilities, DirEntry, FileKind, Identity, ImageLocks, LockKind, Means, Move,
     Moved, Result, Space, Stat, StoreFile, WalkEntry, conformance,
 };
-use qchain::failure::{Code, Failure as _, Kind};
 use qchain::ids::StorePath;
 
 use super::support::nfs::Ganesha;
@@ -191,43 +190,25 @@ fn what_one_store_writes_the_other_reads() {
     }
 }
 
+/// The protocol knows no open files: what loses its last name may be gone for whoever has it open. Nothing else is
+/// different from a mount.
 #[test]
-fn whatever_would_change_something_is_refused() {
+fn an_export_conforms() {
     let root = tempfile::tempdir().unwrap();
-    fs::create_dir(root.path().join("d")).unwrap();
-    fs::write(root.path().join("a"), "a").unwrap();
-    let before = super::support::world::listing(root.path());
     let server = Ganesha::start(root.path());
-    let store = server.open("");
-    let (a, b, d, root_path) = (path("a"), path("b"), path("d"), StorePath::root());
-    let file = store.open(&a).unwrap();
-    let identity = file.identity().unwrap();
-    let refused = [
-        store.open_writable(&a).map(drop),
-        store.create(&b).map(drop),
-        store.create_dir(&b, true),
-        store.remove_file(&a),
-        store.remove_dir(&d),
-        store.rename(&a, &b),
-        store.exchange(&a, &a),
-        store.hard_link(&a, &b),
-        store.sync_dir(&root_path),
-        store.try_lock(&a, LockKind::Shared).map(drop),
-        store.probe(&d).map(drop),
-        file.write_at(0, b"x"),
-        file.set_length(0),
-        file.reserve(0, 1).map(drop),
-        file.punch(0, 1).map(drop),
-        file.move_runs(&[], &[], Means::Copy).map(drop),
-        file.set_identity(&identity),
-    ];
-    assert!(store.read_only());
-    for (index, outcome) in refused.into_iter().enumerate() {
-        let error = outcome.unwrap_err();
-        assert!(matches!(error, BackendError::ReadOnly { .. }), "{index}: {error}");
-        assert_eq!((error.kind(), error.code()), (Kind::Refused, Code::ReadOnly), "{index}");
+    for more in ["", "&connections=2"] {
+        let backend: Arc<dyn Backend> = Arc::new(server.open(more));
+        for (case, why) in conformance::check(&backend) {
+            assert!(["removed-files-stay-open", "replace-keeps-identity"].contains(&case), "{case}: {why}");
+            assert!(why.contains("removed or replaced on the server"), "{case}: {why}");
+        }
+        let found = backend.probe(&StorePath::root()).unwrap();
+        assert!(found.hard_links && found.network && !found.clone && !found.byte_range_locks, "{found:?}");
+        assert!(!found.rename_exchange && !found.direct_io && !backend.read_only(), "{found:?}");
+        for left in fs::read_dir(root.path()).unwrap() {
+            fs::remove_dir_all(left.unwrap().path()).unwrap();
+        }
     }
-    assert_eq!(super::support::world::listing(root.path()), before);
 }
 
 /// Also through links on the way, which the server's own look-up would not follow, but a path's would.

@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use qchain::backend::faulty::Faulty;
-use qchain::backend::posix::PosixStore;
 use qchain::change::record::{Claim, Decision, Purpose};
 use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
@@ -29,7 +28,8 @@ use super::support::crash::{
 use super::support::forked::{Forked, asked, stop_here};
 use super::support::killing::{LONG, mutations};
 use super::support::mounts::{FsKind, LoopMount};
-use super::support::store::{LEASE, change_by, open, open_with};
+use super::support::nfs::{self, Ganesha};
+use super::support::store::{LEASE, backend, change_by, open, open_with};
 
 /// One day, in nanoseconds.
 const DAY: i64 = 86_400_000_000_000;
@@ -55,6 +55,8 @@ enum Rival {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Order {
     root: PathBuf,
+    /// By what export it is reached, if not by its directory.
+    url: Option<String>,
     /// None: it takes the last operation back.
     members: Vec<String>,
     /// They become bases, instead of being deleted.
@@ -110,7 +112,7 @@ fn act(
 fn a_process_stops_itself() {
     let Some(text) = asked("stop") else { return };
     let order: Order = serde_json::from_str(&text).unwrap();
-    let faulty = Faulty::new(Arc::new(PosixStore::open(&order.root).unwrap()));
+    let faulty = Faulty::new(backend(&order.root, order.url.as_deref()));
     if let Some(at) = order.at {
         faulty.before_mutation(at, stop_here);
     }
@@ -156,6 +158,8 @@ impl Case {
 struct Room {
     root: PathBuf,
     fs: FsKind,
+    /// What export each of both goes by, if not by the directory.
+    urls: [Option<String>; 2],
     said: PathBuf,
     judge: Judge,
 }
@@ -205,6 +209,7 @@ impl Room {
     fn order(&self, chain: &Chain, case: Case, at: Option<u64>) -> Order {
         Order {
             root: self.root.clone(),
+            url: self.urls[0].clone(),
             members: if case.undoes { Vec::new() } else { chain.targets.clone() },
             consolidates: case.aim() == Aim::Consolidate,
             mode: word(case.mode).to_owned(),
@@ -225,8 +230,15 @@ impl Room {
         serde_json::from_slice(&fs::read(&self.said).unwrap()).unwrap()
     }
 
-    fn prepare(&self, chain: &Chain, case: Case) {
+    fn put(&self, chain: &Chain) {
+        if let Some(url) = self.urls.iter().flatten().next() {
+            nfs::clear(url);
+        }
         chain.put(&self.root);
+    }
+
+    fn prepare(&self, chain: &Chain, case: Case) {
+        self.put(chain);
         if case.undoes {
             let (stores, cancel) = (open(&self.root), Cancel::default());
             act(&site(&stores, &cancel), (case.aim(), &chain.targets), case.mode, DAY).unwrap();
@@ -235,7 +247,7 @@ impl Room {
 
     /// A clean run of the first: its calls, and the states.
     fn clean(&self, chain: &Chain, case: Case) -> (Vec<String>, States) {
-        chain.put(&self.root);
+        self.put(chain);
         let old = outside(&self.root);
         let (stores, cancel) = (open(&self.root), Cancel::default());
         act(&site(&stores, &cancel), (case.aim(), &chain.targets), case.mode, 0).unwrap();
@@ -250,7 +262,8 @@ impl Room {
 
     /// What the second does, and how that ended.
     fn rival(&self, chain: &Chain, case: Case) -> Result<()> {
-        let (stores, cancel) = (open(&self.root), Cancel::default());
+        let store = backend(&self.root, self.urls[1].as_deref());
+        let (stores, cancel) = (open_with(&self.root, store), Cancel::default());
         let site = site(&stores, &cancel);
         match case.rival {
             Rival::Same => act(&site, (case.aim(), &chain.targets), case.mode, case.retention_ns()).map(drop),
@@ -265,7 +278,11 @@ impl Room {
     /// One point.
     fn point(&self, chain: &Chain, case: Case, at: u64, calls: &[String], states: &States) -> Row {
         let shape = format!("{:?}", chain.shape).to_lowercase();
-        let fs = format!("{:?}", self.fs).to_lowercase();
+        let fs = match &self.urls {
+            [None, None] => format!("{:?}", self.fs).to_lowercase(),
+            [Some(_), _] => "nfs-first".to_owned(),
+            [None, Some(_)] => "nfs-second".to_owned(),
+        };
         let what = if case.undoes { "Undo".to_owned() } else { format!("{:?}", case.aim()) };
         let verb = format!("{what}/{:?}", case.rival).to_lowercase();
         let mut row = Row { verb, mode: word(case.mode), fs, shape, number: at, ..Row::default() };
@@ -453,6 +470,7 @@ fn pairs_meet(fs: FsKind) {
         .map(|number| Room {
             root: mount.path().join(format!("s{number}")),
             fs,
+            urls: [None, None],
             said: mount.path().join(format!("said{number}")),
             judge: Judge::default(),
         })
@@ -462,6 +480,32 @@ fn pairs_meet(fs: FsKind) {
         run_case(&rooms, &chain_for(case), case, &table);
     }
     table.into_inner().unwrap().finish();
+}
+
+/// One works on the directory, the other on the same files as an export.
+#[test]
+fn one_is_stopped_and_another_takes_over_by_nfs() {
+    let (mount, aside) = (LoopMount::in_memory(FsKind::Ext4, 256 << 20), tempfile::tempdir().unwrap());
+    let server = Ganesha::start(&mount.path());
+    for by_nfs in [0, 1] {
+        let mut urls = [None, None];
+        urls[by_nfs] = Some(server.url(""));
+        // The file system's root, which stays: the server knows a directory's handle longer than the directory.
+        let (root, said) = (mount.path(), aside.path().join("said"));
+        let rooms = [Room { root, fs: FsKind::Ext4, urls, said, judge: Judge::default() }];
+        let table = Mutex::new(Table::new(&format!("two-instances-nfs-{by_nfs}")));
+        for rival in [Rival::Same, Rival::Recover, Rival::Other, Rival::Undo] {
+            let (shape, mode) = (Shape::Cloudstack, ModeChoice::Copy);
+            let step = if full() { 1 } else { 17 };
+            let case = Case { shape, mode, undoes: false, rival, renews: false, step };
+            run_case(&rooms, &chain_for(case), case, &table);
+            if full() && rival != Rival::Other {
+                let case = Case { undoes: true, ..case };
+                run_case(&rooms, &chain_for(case), case, &table);
+            }
+        }
+        table.into_inner().unwrap().finish();
+    }
 }
 
 #[test]

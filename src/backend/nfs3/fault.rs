@@ -25,8 +25,23 @@ pub(super) enum Fault {
         /// What happened last, and how long that went on.
         detail: String,
     },
+    /// The server or the protocol has no such thing; nothing was changed.
+    Lacking(String),
     /// An answer that makes no sense.
     Garbled(String),
+}
+
+/// What the system would call it.
+fn kind_of(status: nfsstat3) -> io::ErrorKind {
+    match status {
+        nfsstat3::NFS3ERR_NOTEMPTY => io::ErrorKind::DirectoryNotEmpty,
+        nfsstat3::NFS3ERR_XDEV => io::ErrorKind::CrossesDevices,
+        nfsstat3::NFS3ERR_FBIG => io::ErrorKind::FileTooLarge,
+        nfsstat3::NFS3ERR_MLINK => io::ErrorKind::TooManyLinks,
+        nfsstat3::NFS3ERR_INVAL => io::ErrorKind::InvalidInput,
+        nfsstat3::NFS3ERR_NAMETOOLONG => io::ErrorKind::InvalidFilename,
+        _ => io::ErrorKind::Other,
+    }
 }
 
 impl Fault {
@@ -46,6 +61,16 @@ impl Fault {
             Self::Status(nfsstat3::NFS3ERR_NOENT | nfsstat3::NFS3ERR_NOTDIR) => {
                 return BackendError::NotFound { path };
             }
+            Self::Status(nfsstat3::NFS3ERR_EXIST) => return BackendError::AlreadyExists { path },
+            Self::Status(nfsstat3::NFS3ERR_ROFS) => return BackendError::ReadOnly { action, path },
+            Self::Status(status @ (nfsstat3::NFS3ERR_NOSPC | nfsstat3::NFS3ERR_DQUOT)) => {
+                let source = io(io::ErrorKind::StorageFull, format!("the server answered {status}"));
+                return BackendError::NoSpace { path, source };
+            }
+            Self::Lacking(text) => {
+                let source = io(io::ErrorKind::Unsupported, text);
+                return BackendError::Unsupported { action, path, source };
+            }
             Self::Silent { store, detail } => return BackendError::Unreachable { store, detail },
             Self::Status(status @ (nfsstat3::NFS3ERR_ACCES | nfsstat3::NFS3ERR_PERM)) => {
                 io(io::ErrorKind::PermissionDenied, format!("the server refuses it to this user ({status})"))
@@ -54,7 +79,7 @@ impl Fault {
                 let text = format!("it was removed or replaced on the server while it was open ({status})");
                 io(io::ErrorKind::StaleNetworkFileHandle, text)
             }
-            Self::Status(status) => io(io::ErrorKind::Other, format!("the server answered {status}")),
+            Self::Status(status) => io(kind_of(status), format!("the server answered {status}")),
             Self::Denied(text) => io(io::ErrorKind::PermissionDenied, text),
             Self::Garbled(text) => io(io::ErrorKind::InvalidData, text),
         };

@@ -1,19 +1,17 @@
-//! One file that was looked up.
-//!
-//! NFS knows no open files: a file that loses its last name is gone for its readers, too, and reads of it fail.
+//! One file that was looked up, as the trait has it.
 
 use std::any::Any;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use nfs3_client::nfs3_types::nfs3::{NFS_PROGRAM, READ3args, READ3resfail, nfs_fh3};
-use tokio::task::JoinSet;
+use nfs3_client::nfs3_types::nfs3::{nfs_fh3, sattr3};
 
+use super::access::Access;
 use super::fault::{Fault, Result as Asked};
 use super::pool::lock;
-use super::resolve::{self, Found};
-use super::wire::Data;
-use super::{Core, Shared, read_only};
+use super::resolve::Found;
+use super::unstable::{self, Unstable};
+use super::{Core, attributes, moves};
 use crate::backend::{
     BackendError, FileId, Identity, ImageLocks, Means, Move, Moved, Result, Stat, StoreFile,
 };
@@ -22,35 +20,77 @@ use crate::ids::StorePath;
 /// How many reads of one call are in flight.
 const IN_FLIGHT: usize = 8;
 
-/// A file open for reading.
+/// An open file.
 #[derive(Debug)]
 pub(super) struct NfsFile {
     core: Arc<Core>,
     path: StorePath,
     id: FileId,
     handle: Arc<Mutex<nfs_fh3>>,
+    /// The handle of then, by which the store knows who writes.
+    key: nfs_fh3,
+    /// What is not durable yet, if it is open for writing.
+    writes: Option<Arc<Unstable>>,
     /// What came with the look-up: it answers one question.
     first: Mutex<Option<Stat>>,
 }
 
 impl NfsFile {
-    pub(super) fn new(core: Arc<Core>, path: StorePath, found: Found) -> Self {
-        let Found { handle, stat } = found;
-        let handle = Arc::new(Mutex::new(handle));
-        Self { core, path, id: stat.id, handle, first: Mutex::new(Some(stat)) }
+    /// Open for reading.
+    pub(super) fn new(core: Arc<Core>, path: StorePath, found: &Found) -> Self {
+        Self::opened(core, path, found, None, Some(found.stat))
     }
 
-    fn reader(&self) -> Reader {
+    /// Open for reading and writing.
+    pub(super) fn writable(core: Arc<Core>, path: StorePath, found: &Found) -> Self {
+        let writes = core.shared.writers.enter(&found.handle);
+        Self::opened(core, path, found, Some(writes), None)
+    }
+
+    fn opened(
+        core: Arc<Core>,
+        path: StorePath,
+        found: &Found,
+        writes: Option<Arc<Unstable>>,
+        first: Option<Stat>,
+    ) -> Self {
+        let handle = Arc::new(Mutex::new(found.handle.clone()));
+        let key = found.handle.clone();
+        Self { core, path, id: found.stat.id, handle, key, writes, first: Mutex::new(first) }
+    }
+
+    fn access(&self) -> Access {
         let (path, id, handle) = (self.path.clone(), self.id, self.handle.clone());
-        Reader { shared: self.core.shared.clone(), path, id, handle }
+        Access { shared: self.core.shared.clone(), path, id, handle }
+    }
+
+    /// Makes calls about the file, and waits for them.
+    fn ask<T, F>(&self, action: &'static str, call: impl FnOnce(Access) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Asked<T>> + Send + 'static,
+    {
+        let done = self.core.wait(call(self.access()));
+        done.and_then(|done| done).map_err(|fault| self.core.shared.explain(fault).at(action, &self.path))
+    }
+
+    /// What this process wrote to the file, by whatever open one, and is not durable yet.
+    fn kept(&self) -> Option<Arc<Unstable>> {
+        self.writes.clone().or_else(|| self.core.shared.writers.of(&self.key))
+    }
+
+    /// The same of a file that is open for writing.
+    fn to_write(&self, action: &'static str) -> Result<Arc<Unstable>> {
+        self.writes.clone().ok_or_else(|| {
+            let source = io::Error::new(io::ErrorKind::PermissionDenied, "it is open for reading only");
+            BackendError::Io { action, path: self.path.to_string(), source }
+        })
     }
 
     /// Reads the parts of a range that is no longer than some parts, all at once.
     fn read_round(&self, offset: u64, buffer: &mut [u8], part: usize) -> Result<usize> {
-        let reader = self.reader();
         let length = buffer.len();
-        let parts = self.core.wait(async move { reader.parts(offset, length, part).await });
-        let parts = parts.and_then(|parts| parts).map_err(|fault| fault.at("read", &self.path))?;
+        let parts = self.ask("read", async move |access: Access| access.parts(offset, length, part).await)?;
         let mut done = 0;
         for (place, data) in buffer.chunks_mut(part).zip(parts) {
             let Some(place) = place.get_mut(..data.len()) else { break };
@@ -64,104 +104,37 @@ impl NfsFile {
         Ok(done)
     }
 
-    fn refused<T>(&self, action: &'static str) -> Result<T> {
-        Err(read_only(action, &self.path))
+    fn refused_identity(&self, fault: Fault, what: String) -> BackendError {
+        if attributes::is_policy(&fault) {
+            return BackendError::Squashed { path: self.path.to_string(), what };
+        }
+        fault.at("give its owner and attributes to", &self.path)
+    }
+
+    fn set(&self, wanted: sattr3, what: String) -> Result<()> {
+        let access = self.access();
+        let done = self.core.wait(async move { access.set(&wanted).await }).and_then(|done| done);
+        done.map_err(|fault| self.refused_identity(fault, what))
     }
 }
 
-/// What a task needs to read.
-#[derive(Clone)]
-struct Reader {
-    shared: Arc<Shared>,
-    path: StorePath,
-    id: FileId,
-    handle: Arc<Mutex<nfs_fh3>>,
-}
-
-impl Reader {
-    /// Reads `length` bytes in parts; each is shorter only if the file ends there.
-    async fn parts(self, offset: u64, length: usize, part: usize) -> Asked<Vec<Vec<u8>>> {
-        if length <= part {
-            return Ok(vec![self.read(offset, length).await?]);
+impl Drop for NfsFile {
+    fn drop(&mut self) {
+        if self.writes.is_none() {
+            return;
         }
-        let mut running = JoinSet::new();
-        for index in 0..length.div_ceil(part) {
-            let (reader, skip) = (self.clone(), index * part);
-            let size = part.min(length - skip);
-            let at = offset.saturating_add(skip as u64);
-            running.spawn(async move { (index, reader.read(at, size).await) });
-        }
-        let mut parts = vec![Vec::new(); running.len()];
-        while let Some(done) = running.join_next().await {
-            let (index, data) = done.map_err(|error| Fault::Garbled(format!("a read was lost: {error}")))?;
-            if let Some(place) = parts.get_mut(index) {
-                *place = data?;
-            }
-        }
-        Ok(parts)
-    }
-
-    /// Reads until there are `length` bytes or the file ends.
-    async fn read(&self, offset: u64, length: usize) -> Asked<Vec<u8>> {
-        let mut data: Vec<u8> = Vec::new();
-        loop {
-            let at = offset.saturating_add(data.len() as u64);
-            let more = self.read_once(at, length - data.len()).await?;
-            let (ended, none) = (more.eof, more.data.is_empty());
-            if data.is_empty() {
-                data = more.data;
-            } else {
-                data.extend(more.data);
-            }
-            if data.len() > length {
-                return Err(Fault::Garbled("the server gave more bytes than it was asked for".to_owned()));
-            }
-            if ended || data.len() == length {
-                return Ok(data);
-            }
-            if none {
-                return Err(Fault::Garbled("the server gave no bytes of a file that goes on".to_owned()));
-            }
-        }
-    }
-
-    async fn read_once(&self, offset: u64, length: usize) -> Asked<Data> {
-        match self.ask(offset, length).await {
-            Err(fault) if fault.is_stale() => {
-                self.renew(fault).await?;
-                self.ask(offset, length).await
-            }
-            done => done,
-        }
-    }
-
-    async fn ask(&self, offset: u64, length: usize) -> Asked<Data> {
-        let count = u32::try_from(length).unwrap_or(u32::MAX);
-        let args = READ3args { file: lock(&self.handle).clone(), offset, count };
-        self.shared.pool.ask::<_, _, READ3resfail>(NFS_PROGRAM::NFSPROC3_READ, &args).await
-    }
-
-    async fn stat(&self) -> Asked<Stat> {
-        let handle = lock(&self.handle).clone();
-        match resolve::stat(&self.shared.pool, &handle).await {
-            Err(fault) if fault.is_stale() => {
-                self.renew(fault).await?;
-                let handle = lock(&self.handle).clone();
-                resolve::stat(&self.shared.pool, &handle).await
-            }
-            done => done,
-        }
-    }
-
-    /// Looks the file up again; another one of its name is not taken for it.
-    async fn renew(&self, stale: Fault) -> Asked<()> {
-        match self.shared.find_afresh(&self.path).await {
-            Ok(found) if found.stat.id == self.id => {
-                *lock(&self.handle) = found.handle;
-                Ok(())
-            }
-            Err(fault @ Fault::Silent { .. }) => Err(fault),
-            Ok(_) | Err(_) => Err(stale),
+        // As closing a file does it on a mount, but nobody waits: who wants it durable syncs it, by any open one.
+        if let Some(kept) = self.core.shared.writers.leave(&self.key) {
+            let (access, key) = (self.access(), self.key.clone());
+            self.core.spawn(async move {
+                match unstable::sync(&access, &kept).await {
+                    // It was removed meanwhile.
+                    Err(fault) if fault.is_stale() => access.shared.writers.drop_kept(&key),
+                    // Stays until somebody syncs it.
+                    Err(_) => {}
+                    Ok(()) => access.shared.writers.tidy(&key),
+                }
+            });
         }
     }
 }
@@ -179,9 +152,9 @@ impl StoreFile for NfsFile {
         if let Some(first) = lock(&self.first).take() {
             return Ok(first);
         }
-        let reader = self.reader();
-        let told = self.core.wait(async move { reader.stat().await });
-        told.and_then(|told| told).map_err(|fault| fault.at("look at", &self.path))
+        let stat = self.ask("look at", async |access: Access| access.stat().await)?;
+        let reaches = self.kept().map(|kept| kept.reaches()).unwrap_or_default();
+        Ok(Stat { length: stat.length.max(reaches), ..stat })
     }
 
     fn reads_at_once(&self) -> usize {
@@ -193,7 +166,12 @@ impl StoreFile for NfsFile {
         let mut done = 0;
         for round in buffer.chunks_mut(part.saturating_mul(IN_FLIGHT)) {
             let wanted = round.len();
-            let count = self.read_round(offset.saturating_add(done as u64), round, part)?;
+            let at = offset.saturating_add(done as u64);
+            let layer = self.kept().map(|kept| kept.over(at, wanted));
+            let mut count = self.read_round(at, round, part)?;
+            if let Some(layer) = layer {
+                count = layer.lay(round, count);
+            }
             done += count;
             if count < wanted {
                 break;
@@ -202,32 +180,53 @@ impl StoreFile for NfsFile {
         Ok(done)
     }
 
-    fn write_at(&self, _offset: u64, _data: &[u8]) -> Result<()> {
-        self.refused("write")
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let writes = self.to_write("write")?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let (part, data) = (self.core.shared.write_bytes, data.to_vec());
+        self.ask("write", async move |access: Access| {
+            unstable::write(access, writes, offset, data, part).await
+        })
     }
 
-    fn set_length(&self, _length: u64) -> Result<()> {
-        self.refused("set the length of")
+    fn set_length(&self, length: u64) -> Result<()> {
+        let action = "set the length of";
+        let writes = self.to_write(action)?;
+        self.ask(action, async move |access: Access| unstable::set_length(&access, &writes, length).await)
     }
 
+    /// The protocol has no call for it.
     fn reserve(&self, _offset: u64, _length: u64) -> Result<bool> {
-        self.refused("reserve space for")
+        self.to_write("reserve space for").map(|_| false)
     }
 
+    /// The protocol has no call for it.
     fn punch(&self, _offset: u64, _length: u64) -> Result<bool> {
-        self.refused("punch a hole into")
+        self.to_write("punch a hole into").map(|_| false)
     }
 
-    fn move_runs(&self, _sources: &[Arc<dyn StoreFile>], _runs: &[Move], _means: Means) -> Result<Moved> {
-        self.refused("write")
+    fn move_runs(&self, sources: &[Arc<dyn StoreFile>], runs: &[Move], means: Means) -> Result<Moved> {
+        self.to_write("move runs into")?;
+        moves::move_runs(self, sources, runs, means)
     }
 
-    /// Nothing was written through it.
+    /// All that this process wrote to the file, by whatever open one.
     fn sync(&self) -> Result<()> {
+        let Some(kept) = self.kept() else {
+            // What another process wrote, that ended before it could.
+            if self.core.shared.read_only {
+                return Ok(());
+            }
+            return self.ask("sync", async |access: Access| access.commit().await).map(drop);
+        };
+        self.ask("sync", async move |access: Access| unstable::sync(&access, &kept).await)?;
+        self.core.shared.writers.tidy(&self.key);
         Ok(())
     }
 
-    /// Nothing is kept here; the server's caches are its own.
+    /// Nothing is kept here of what is durable; the server's caches are its own.
     fn drop_cache(&self) -> Result<()> {
         Ok(())
     }
@@ -238,8 +237,28 @@ impl StoreFile for NfsFile {
         Ok(Identity { uid, gid, mode, attributes: Vec::new() })
     }
 
-    fn set_identity(&self, _identity: &Identity) -> Result<()> {
-        self.refused("change the attributes of")
+    /// Owner first: a change of owner takes set-user-id bits away.
+    fn set_identity(&self, identity: &Identity) -> Result<()> {
+        self.to_write("change the attributes of")?;
+        let squashed = |what| Err(BackendError::Squashed { path: self.path.to_string(), what });
+        if let Some((name, _)) = identity.attributes.first() {
+            return squashed(format!("attribute {name}, as NFSv3 has none"));
+        }
+        let owner = format!("owner {}:{}", identity.uid, identity.gid);
+        let mode = format!("mode {:04o}", identity.mode);
+        let mut is = self.stat()?;
+        if let Some(wanted) = attributes::owner(&is, identity) {
+            self.set(wanted, owner.clone())?;
+            is = self.stat()?;
+        }
+        if is.mode != identity.mode {
+            self.set(attributes::mode(identity.mode), mode.clone())?;
+            is = self.stat()?;
+        }
+        if (is.uid, is.gid) != (identity.uid, identity.gid) {
+            return squashed(owner);
+        }
+        if is.mode == identity.mode { Ok(()) } else { squashed(mode) }
     }
 
     /// Locks are another protocol's, and not asked for: none is seen.

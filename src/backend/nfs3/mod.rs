@@ -1,46 +1,67 @@
-//! A store that is an NFSv3 export, read without a mount.
+//! A store that is an NFSv3 export, without a mount.
 //!
-//! For looks from a machine that may not mount: `list`, `map`, `digest`, `verify`, `audit`. Everything that would
-//! change the store is refused ([`BackendError::ReadOnly`]), so nothing has to be known of what became of a call
-//! without an answer: every call made can be made again.
+//! For machines that may not mount: a workstation, a container. All that a mount of the export can be used for by
+//! qchain can be done this way, with what NFSv3 has: neither locks nor clones.
 //!
 //! | file | owns |
 //! |---|---|
 //! | `url` | `nfs://host[:port]/export?...` |
 //! | `wire` | replies, each length held against what may be |
 //! | `connection` | TCP and records |
-//! | `pool` | connections, time limits, tries |
+//! | `pool` | connections and time limits |
+//! | `effort` | the tries of one call, and whether one of them may have been done |
 //! | `mount` | from the export's name to a handle |
 //! | `resolve` | names to handles, no link followed |
 //! | `list` | directories |
-//! | `file` | reads |
+//! | `naming` | calls that give and take names, each of which takes effect once |
+//! | `access` | calls about one file |
+//! | `unstable` | what is written and not durable yet, written again if the server lost it |
+//! | `attributes` | owner, mode, length |
+//! | `store`, `file`, `moves` | the traits |
+//! | `locks` | locks that this host alone sees |
+//! | `probe` | what the server can do |
 //!
 //! All calls block, none for longer than the URL's `timeout` (60 s) for each call of the protocol in it; tokio's two
 //! threads do the input and output, and nobody outside sees them. Credentials are `AUTH_UNIX`: this process's user and
 //! groups, or those of the URL. Root comes from a port below 1024, as servers may insist on; anybody else cannot.
 //!
-//! What a mount has and this has not: locks of any kind, extended attributes, files that stay while they are open.
-//! Facts are asked afresh each time, but for the place of a directory, which is known for three seconds.
+//! Crash rule: names are durable when the server answers (RFC 1813, section 4.8, has it so; an export with `async` lies
+//! about it), bytes when [`StoreFile::sync`](super::StoreFile::sync) returns: after a COMMIT by the very incarnation of the server that took
+//! them. A server that ends in between loses nothing, as all is kept and written again; a process that ends before does,
+//! as with every store.
+//!
+//! What a mount has and this has not: locks that others see ([`Backend::try_lock`](super::Backend::try_lock) excludes processes of this user on this host),
+//! extended attributes and ACLs (a file that is replaced loses those that the server has), reserved space, holes punched,
+//! names exchanged, files that stay while they are open. A call that a stalled server was asked and that was given up
+//! after the time-out may still be done when it goes on: whoever got [`BackendError::Unreachable`] has to look, as after a
+//! crash. Facts are asked afresh each time, but for the place of a directory, which reads know for three seconds.
 
+mod access;
+mod attributes;
 mod connection;
+mod effort;
 mod fault;
 mod file;
 mod list;
+mod locks;
 mod mount;
+mod moves;
+mod naming;
 mod pool;
+mod probe;
 mod resolve;
+mod store;
+mod unstable;
 mod url;
 mod wire;
 
 use std::fmt::Debug;
 use std::net::ToSocketAddrs as _;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use nfs3_client::nfs3_types::nfs3::{
-    FSINFO3args, FSINFO3resfail, FSINFO3resok, FSSTAT3args, FSSTAT3resfail, FSSTAT3resok, NFS_PROGRAM,
-    nfs_fh3,
+    FSF3_LINK, FSINFO3args, FSINFO3resfail, FSINFO3resok, NFS_PROGRAM, nfs_fh3, nfsstat3,
 };
 use nfs3_client::nfs3_types::rpc::{auth_unix, opaque_auth};
 use nfs3_client::nfs3_types::xdr_codec::Opaque;
@@ -50,24 +71,23 @@ use tokio::runtime::{Builder, Runtime};
 pub use self::url::{NfsUrl, UrlError};
 
 use self::fault::{Fault, Result as Asked};
-use self::file::NfsFile;
-use self::list::{Listed, Walk};
+use self::list::Listed;
 use self::pool::{Peer, Pool};
-use self::resolve::{Found, Names};
-use super::{
-    Backend, BackendError, Capabilities, DirEntry, FileKind, LockKind, Result, Space, Stat, StoreFile,
-    WalkEntry,
-};
+use self::resolve::{Found, Names, Place};
+use self::unstable::Writers;
+use super::{BackendError, Result, Stat};
 use crate::ids::StorePath;
 
 /// How many threads do input and output.
 const THREADS: usize = 2;
 /// The most groups that `AUTH_UNIX` can name.
 const MOST_GROUPS: usize = 16;
-/// The least that is asked for in one read, whatever the server prefers.
+/// The least that is asked for in one read, whatever the server says.
 const LEAST_READ_BYTES: usize = 4096;
+/// The least that is sent in one write: a server that says less says nothing.
+const LEAST_WRITE_BYTES: usize = 512;
 
-/// An export, read without a mount.
+/// An export, without a mount.
 #[derive(Debug)]
 pub struct Nfs3Store {
     core: Arc<Core>,
@@ -92,6 +112,25 @@ struct Shared {
     connections: usize,
     /// How much is asked for in one read.
     read_bytes: usize,
+    /// How much is sent in one write.
+    write_bytes: usize,
+    /// Whether the server has hard links, as far as it says.
+    links: bool,
+    /// Whether this user may not write to the root: the export is one that is only read, or it is not his.
+    read_only: bool,
+    /// Who this is for the server.
+    uid: u32,
+    writers: Writers,
+}
+
+/// What is known once an export is mounted.
+struct Begun {
+    root: nfs_fh3,
+    pool: Pool,
+    read_bytes: usize,
+    write_bytes: usize,
+    links: bool,
+    read_only: bool,
 }
 
 impl Nfs3Store {
@@ -120,10 +159,22 @@ impl Nfs3Store {
         })?;
         let pool = Pool::new(peer.clone(), url.timeout, url.connections);
         let begun = wait(&runtime, begin(url.clone(), peer.clone(), pool));
-        let (root, pool, read_bytes) = begun.map_err(|fault| fault.at("mount", &shown))??;
-        let names = Names::new(root);
-        let (url, connections) = (url.clone(), url.connections);
-        let shared = Shared { shown, url, peer, pool, names, connections, read_bytes };
+        let Begun { root, pool, read_bytes, write_bytes, links, read_only } =
+            begun.map_err(|fault| fault.at("mount", &shown))??;
+        let shared = Shared {
+            names: Names::new(root),
+            uid: user(url),
+            url: url.clone(),
+            connections: url.connections,
+            writers: Writers::default(),
+            shown,
+            peer,
+            pool,
+            read_bytes,
+            write_bytes,
+            links,
+            read_only,
+        };
         Ok(Self { core: Arc::new(Core { shared: Arc::new(shared), runtime: Some(runtime) }) })
     }
 
@@ -139,12 +190,12 @@ impl Nfs3Store {
         F: Future<Output = Asked<T>> + Send + 'static,
     {
         let done = self.core.wait(call(self.core.shared.clone(), path.clone()));
-        done.and_then(|done| done).map_err(|fault| fault.at(action, path))
+        done.and_then(|done| done).map_err(|fault| self.core.shared.explain(fault).at(action, path))
     }
 }
 
-/// The root's handle, and how much to ask for in one read.
-async fn begin(url: NfsUrl, peer: Peer, pool: Pool) -> Result<(nfs_fh3, Pool, usize)> {
+/// Mounts, and asks what the server can take.
+async fn begin(url: NfsUrl, peer: Peer, pool: Pool) -> Result<Begun> {
     let root = mount::root(&url, &peer).await?;
     pool.begin().await.map_err(|error| BackendError::Unreachable {
         store: peer.store.clone(),
@@ -153,9 +204,23 @@ async fn begin(url: NfsUrl, peer: Peer, pool: Pool) -> Result<(nfs_fh3, Pool, us
     let args = FSINFO3args { fsroot: root.clone() };
     let told = pool.ask::<_, FSINFO3resok, FSINFO3resfail>(NFS_PROGRAM::NFSPROC3_FSINFO, &args).await;
     let told = told.map_err(|fault| fault.at("look at", &peer.store))?;
+    let may_write = probe::may_write(&pool, &root).await.map_err(|fault| fault.at("look at", &peer.store))?;
     // Some prefer little and can do more.
-    let most = usize::try_from(told.rtmax).unwrap_or(usize::MAX);
-    Ok((root, pool, most.clamp(LEAST_READ_BYTES, wire::MAX_DATA_BYTES)))
+    let most =
+        |told: u32, least| usize::try_from(told).unwrap_or(usize::MAX).clamp(least, wire::MAX_DATA_BYTES);
+    Ok(Begun {
+        root,
+        pool,
+        read_bytes: most(told.rtmax, LEAST_READ_BYTES),
+        write_bytes: most(told.wtmax, LEAST_WRITE_BYTES),
+        links: told.properties & FSF3_LINK != 0,
+        read_only: !may_write,
+    })
+}
+
+/// Who this is for the server.
+fn user(url: &NfsUrl) -> u32 {
+    url.uid.unwrap_or_else(|| process::geteuid().as_raw())
 }
 
 /// Who we are, for the server.
@@ -166,7 +231,7 @@ fn credential(url: &NfsUrl) -> opaque_auth<'static> {
     opaque_auth::auth_unix(&auth_unix {
         stamp: std::process::id(),
         machinename: Opaque::owned(host.into_iter().take(255).collect()),
-        uid: url.uid.unwrap_or_else(|| process::geteuid().as_raw()),
+        uid: user(url),
         gid: url.gid.unwrap_or_else(|| process::getegid().as_raw()),
         gids: groups.into_iter().map(process::Gid::as_raw).take(MOST_GROUPS).collect(),
     })
@@ -188,6 +253,13 @@ impl Core {
         match &self.runtime {
             Some(runtime) => wait(runtime, work),
             None => Err(Fault::Garbled("the store was closed".to_owned())),
+        }
+    }
+
+    /// Leaves work to the threads.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(work);
         }
     }
 }
@@ -245,115 +317,32 @@ impl Shared {
         self.names.begin_again(root);
         Ok(())
     }
-}
 
-/// The refusal of all that changes something.
-fn read_only(action: &'static str, path: &StorePath) -> BackendError {
-    BackendError::ReadOnly { action, path: path.to_string() }
-}
-
-impl Backend for Nfs3Store {
-    fn describe(&self) -> String {
-        self.core.shared.shown.clone()
+    /// The directory of a name, and the name in it.
+    async fn place(&self, path: &StorePath) -> Asked<Place> {
+        self.names.place(&self.pool, path, false).await
     }
 
-    fn read_only(&self) -> bool {
-        true
+    /// The same, as it was a moment ago.
+    async fn known_place(&self, path: &StorePath) -> Asked<Place> {
+        self.names.place(&self.pool, path, true).await
     }
 
-    fn open(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
-        let found =
-            self.ask("open", path, async |shared: Arc<Shared>, path: StorePath| shared.find(&path).await)?;
-        if found.stat.kind != FileKind::File {
-            return Err(BackendError::NotPlain { path: path.to_string() });
+    /// Whether it belongs to who we are for the server, or to whom it makes of root.
+    fn is_own(&self, stat: &Stat) -> bool {
+        stat.uid == self.uid || self.uid == 0
+    }
+
+    /// With what may be behind it.
+    fn explain(&self, fault: Fault) -> Fault {
+        match fault {
+            Fault::Status(status @ (nfsstat3::NFS3ERR_ACCES | nfsstat3::NFS3ERR_PERM)) if self.uid == 0 => {
+                Fault::Denied(format!(
+                    "the server refuses it to this user ({status}), who is root here: it may map root to somebody else \
+                     (root squash)"
+                ))
+            }
+            fault => fault,
         }
-        Ok(Arc::new(NfsFile::new(self.core.clone(), path.clone(), found)))
-    }
-
-    fn open_writable(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
-        Err(read_only("open for writing", path))
-    }
-
-    fn create(&self, path: &StorePath) -> Result<Arc<dyn StoreFile>> {
-        Err(read_only("create", path))
-    }
-
-    fn stat(&self, path: &StorePath) -> Result<Stat> {
-        let found =
-            self.ask("look at", path, async |shared: Arc<Shared>, path: StorePath| shared.find(&path).await);
-        found.map(|found| found.stat)
-    }
-
-    fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
-        let listed =
-            self.ask("list", path, async |shared: Arc<Shared>, path: StorePath| shared.list(&path).await)?;
-        Ok(listed.into_iter().map(|listed| listed.entry).collect())
-    }
-
-    fn walk(
-        &self,
-        path: &StorePath,
-        max_depth: usize,
-        skip: &dyn Fn(&StorePath) -> bool,
-    ) -> Vec<Result<WalkEntry>> {
-        let start = self
-            .ask("list", path, async |shared: Arc<Shared>, path: StorePath| shared.directory(&path).await);
-        let start = match start {
-            Ok(handle) => (path.clone(), handle),
-            Err(error) => return vec![Err(error)],
-        };
-        let shared = &self.core.shared;
-        let level = |level: list::Level| self.core.wait(level.list()).unwrap_or_default();
-        Walk::run(shared, start, max_depth, skip, level).entries()
-    }
-
-    fn create_dir(&self, path: &StorePath, _private: bool) -> Result<()> {
-        Err(read_only("create", path))
-    }
-
-    fn remove_file(&self, path: &StorePath) -> Result<()> {
-        Err(read_only("remove", path))
-    }
-
-    fn remove_dir(&self, path: &StorePath) -> Result<()> {
-        Err(read_only("remove", path))
-    }
-
-    fn rename(&self, from: &StorePath, _to: &StorePath) -> Result<()> {
-        Err(read_only("rename", from))
-    }
-
-    fn exchange(&self, a: &StorePath, _b: &StorePath) -> Result<()> {
-        Err(read_only("exchange", a))
-    }
-
-    fn hard_link(&self, from: &StorePath, _to: &StorePath) -> Result<()> {
-        Err(read_only("link", from))
-    }
-
-    fn sync_dir(&self, path: &StorePath) -> Result<()> {
-        Err(read_only("sync", path))
-    }
-
-    fn space(&self) -> Result<Space> {
-        let root = StorePath::root();
-        let told = self.ask("ask the space of", &root, async |shared: Arc<Shared>, path: StorePath| {
-            let fsroot = shared.find(&path).await?.handle;
-            let args = FSSTAT3args { fsroot };
-            shared.pool.ask::<_, FSSTAT3resok, FSSTAT3resfail>(NFS_PROGRAM::NFSPROC3_FSSTAT, &args).await
-        })?;
-        Ok(Space { free_bytes: told.abytes, total_bytes: told.tbytes })
-    }
-
-    fn try_lock(&self, path: &StorePath, _kind: LockKind) -> Result<Option<Box<dyn Send + Sync>>> {
-        Err(read_only("lock", path))
-    }
-
-    fn local_path(&self, _path: &StorePath) -> Option<PathBuf> {
-        None
-    }
-
-    fn probe(&self, scratch: &StorePath) -> Result<Capabilities> {
-        Err(read_only("try out", scratch))
     }
 }

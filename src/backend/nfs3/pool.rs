@@ -1,34 +1,37 @@
 //! Calls over a few connections, until there is an answer or the time is up.
 //!
-//! Only calls that change nothing are made, so each may be sent again. A connection has one call in flight; there
-//! are up to eight, made as they are needed. One that failed, or whose call was given up, is dropped: what comes on
-//! it later would be taken for the answer to something else.
+//! A connection has one call in flight; there are up to eight, made as they are needed. One that failed, or whose call
+//! was given up, is dropped: what comes on it later would be taken for the answer to something else. Calls that change
+//! nothing are sent again by themselves; what becomes of the others is in `effort`.
 //!
 //! Time: a call ends within the time-out, whatever happens. Within it a silent connection is given up after a
-//! quarter, and the call sent again on a new one, as a server that was replaced never answers on the old one. When a
+//! quarter, and the call sent again on a new one, as a server that was replaced never answers on the old one; that of
+//! a call that changes something only if the new one is answered. When a
 //! call found nobody in all that time, those that follow fail at once for a moment, and soon after it, until one is
 //! answered: a scan of thousands of files does not wait for each.
 
 use std::fmt::Debug;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nfs3_client::nfs3_types::nfs3::{NFS_PROGRAM, Nfs3Result, PROGRAM, VERSION, nfsstat3};
+use nfs3_client::nfs3_types::nfs3::{NFS_PROGRAM, Nfs3Result, PROGRAM, VERSION};
 use nfs3_client::nfs3_types::rpc::opaque_auth;
-use nfs3_client::nfs3_types::xdr_codec::{Pack, Unpack};
+use nfs3_client::nfs3_types::xdr_codec::{Pack, Unpack, Void};
 use nfs3_client::rpc::RpcClient;
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::connection::{self, Rpc};
+use super::effort::{Effort, Tried};
 use super::fault::{Broken, Fault, Result};
 
-/// Between two tries, at first and at most.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long a try may take at least; the time-out may be shorter.
 const LEAST_TRY: Duration = Duration::from_secs(1);
+/// How long a call that changes something is waited for once the server is known to answer others.
+const LAST_WAIT: Duration = Duration::from_secs(1);
 /// After a call that found nobody: how long others are not even tried, and how long they may take then.
 const AFTER_SILENCE: Duration = Duration::from_secs(5);
 
@@ -47,7 +50,7 @@ pub(super) struct Peer {
 
 /// The connections to one server.
 pub(super) struct Pool {
-    peer: Peer,
+    pub(super) peer: Peer,
     timeout: Duration,
     slots: Semaphore,
     idle: Mutex<Vec<Rpc>>,
@@ -76,7 +79,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes a call that changes nothing. Ends within the time-out.
+    /// Makes a call that changes nothing: again and again until there is an answer. Ends within the time-out.
     pub(super) async fn ask<C, T, E>(&self, procedure: NFS_PROGRAM, args: &C) -> Result<T>
     where
         C: Pack + Send + Sync,
@@ -84,40 +87,27 @@ impl Pool {
         E: Send,
         Nfs3Result<T, E>: Unpack,
     {
-        let timeout = self.patience()?;
-        let deadline = Instant::now() + timeout;
-        let mut pause = PAUSES.0;
+        let mut effort = Effort::new(self, Waits::ATry)?;
         loop {
-            let why = match self.once::<C, T, E>(procedure, args, deadline).await {
-                Ok(Nfs3Result::Ok(reply)) => return Ok(reply),
-                Ok(Nfs3Result::Err((status @ nfsstat3::NFS3ERR_JUKEBOX, _))) => {
-                    if Instant::now() + PAUSES.0 >= deadline {
-                        return Err(Fault::Status(status));
-                    }
-                    "it asked to be asked later".to_owned()
-                }
-                Ok(Nfs3Result::Err((status, _))) => return Err(Fault::Status(status)),
-                Err(Failed { broken: Broken::Final(fault), .. }) => return Err(fault),
-                // It had died before, with the server of then.
-                Err(Failed { reused: true, .. }) if Instant::now() < deadline => continue,
-                Err(Failed { broken: Broken::Lost(error), .. }) => error.to_string(),
-            };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left < PAUSES.0 {
-                return Err(self.give_up(timeout, &why));
+            match effort.call::<C, T, E>(procedure, args).await? {
+                Tried::Done(reply) => return Ok(reply),
+                Tried::Refused(status) => return Err(Fault::Status(status)),
+                Tried::Lost => {}
             }
-            tracing::debug!("{}: {why}; trying again", self.peer.store);
-            // Towards the end more often, so that the last try is not long before it.
-            sleep(pause.min(left / 2)).await;
-            pause = (pause * 2).min(PAUSES.1);
         }
     }
 
-    async fn once<C, T, E>(
+    /// The tries of one call that changes something, all within the time-out; [`Effort::call`] makes one.
+    pub(super) fn effort(&self) -> Result<Effort<'_>> {
+        Effort::new(self, Waits::ForTheServer)
+    }
+
+    pub(super) async fn once<C, T, E>(
         &self,
         procedure: NFS_PROGRAM,
         args: &C,
         deadline: Instant,
+        waits: Waits,
     ) -> std::result::Result<Nfs3Result<T, E>, Failed>
     where
         C: Pack + Send + Sync,
@@ -126,32 +116,67 @@ impl Pool {
         Nfs3Result<T, E>: Unpack,
     {
         let late = |what: &str| Broken::Lost(io::Error::new(io::ErrorKind::TimedOut, what));
-        let fresh = |broken| Failed { broken, reused: false };
+        let unsent = |broken| Failed { broken, reused: false, sent: false };
         let Ok(Ok(_slot)) = timeout_at(deadline, self.slots.acquire()).await else {
-            return Err(fresh(late("all connections wait for it")));
+            return Err(unsent(late("all connections wait for it")));
         };
         let pooled = lock(&self.idle).pop();
         let reused = pooled.is_some();
-        let until = deadline.min(Instant::now() + (self.timeout / 4).max(LEAST_TRY));
-        let call = async {
-            let mut rpc = match pooled {
-                Some(rpc) => rpc,
-                None => self.connect().await.map_err(Broken::Lost)?,
-            };
-            let reply = rpc.call(PROGRAM, VERSION, procedure as u32, args).await;
-            Ok::<_, Broken>((rpc, reply?))
+        let mut rpc = match pooled {
+            Some(rpc) => rpc,
+            None => match timeout_at(self.end_of_try(deadline), self.connect()).await {
+                Ok(connected) => connected.map_err(|error| unsent(Broken::Lost(error)))?,
+                Err(_) => return Err(unsent(late("no answer"))),
+            },
         };
-        match timeout_at(until, call).await {
-            Ok(Ok((rpc, reply))) => {
+        let call = async {
+            let reply = rpc.call(PROGRAM, VERSION, procedure as u32, args).await;
+            reply.map(|reply| (rpc, reply))
+        };
+        let done = match waits {
+            Waits::ATry => timeout_at(self.end_of_try(deadline), call).await.ok(),
+            Waits::ForTheServer => self.watched(call, deadline).await,
+        };
+        match done {
+            Some(Ok((rpc, reply))) => {
                 lock(&self.idle).push(rpc);
                 if let Some((since, _)) = lock(&self.silent).take() {
                     tracing::info!("{}: it answers again, after {:?}", self.peer.store, since.elapsed());
                 }
                 Ok(reply)
             }
-            Ok(Err(broken)) => Err(Failed { broken, reused }),
-            Err(_) => Err(fresh(late("no answer"))),
+            Some(Err(error)) => Err(Failed { broken: error.into(), reused, sent: true }),
+            None => Err(Failed { broken: late("no answer"), reused: false, sent: true }),
         }
+    }
+
+    fn end_of_try(&self, deadline: Instant) -> Instant {
+        deadline.min(Instant::now() + (self.timeout / 4).max(LEAST_TRY))
+    }
+
+    /// Waits for the answer to a call that changes something. A server that stands still does it when it goes on, also
+    /// after it was made again: so the call keeps its connection until a new one is answered and it still is not.
+    async fn watched<T>(&self, call: impl Future<Output = T>, deadline: Instant) -> Option<T> {
+        let mut call = pin!(call);
+        loop {
+            let until = self.end_of_try(deadline);
+            if let Ok(done) = timeout_at(until, &mut call).await {
+                return Some(done);
+            }
+            if until >= deadline {
+                return None;
+            }
+            if let Ok(true) = timeout_at(self.end_of_try(deadline), self.answers()).await {
+                return timeout_at(deadline.min(Instant::now() + LAST_WAIT), &mut call).await.ok();
+            }
+        }
+    }
+
+    /// Whether the server answers on a new connection.
+    async fn answers(&self) -> bool {
+        let Ok(mut rpc) = self.connect().await else { return false };
+        let procedure = NFS_PROGRAM::NFSPROC3_NULL as u32;
+        rpc.call::<Void, Void>(PROGRAM, VERSION, procedure, &Void).await.is_ok()
     }
 
     async fn connect(&self) -> io::Result<Rpc> {
@@ -160,7 +185,7 @@ impl Pool {
     }
 
     /// How long a call may take now; fails at once right after one that found nobody.
-    fn patience(&self) -> Result<Duration> {
+    pub(super) fn patience(&self) -> Result<Duration> {
         match &*lock(&self.silent) {
             Some((since, why)) if since.elapsed() < AFTER_SILENCE => {
                 Err(Fault::Silent { store: self.peer.store.clone(), detail: why.clone() })
@@ -170,18 +195,29 @@ impl Pool {
         }
     }
 
-    fn give_up(&self, waited: Duration, why: &str) -> Fault {
+    pub(super) fn give_up(&self, waited: Duration, why: &str) -> Fault {
         let detail = format!("no answer within {} s: {why}", waited.as_secs());
         *lock(&self.silent) = Some((Instant::now(), detail.clone()));
         Fault::Silent { store: self.peer.store.clone(), detail }
     }
 }
 
+/// How long a try waits for its answer.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Waits {
+    /// A part of the time, to leave some for the next one.
+    ATry,
+    /// As long as the server answers nobody.
+    ForTheServer,
+}
+
 /// A try that gave nothing.
-struct Failed {
-    broken: Broken,
+pub(super) struct Failed {
+    pub broken: Broken,
     /// The connection had been used before.
-    reused: bool,
+    pub reused: bool,
+    /// The call may have reached the server.
+    pub sent: bool,
 }
 
 /// What is behind it is whole between any two statements.

@@ -33,6 +33,20 @@ pub(super) struct Found {
     pub stat: Stat,
 }
 
+/// A name in a directory, whether or not anything has it.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub directory: nfs_fh3,
+    pub name: Vec<u8>,
+}
+
+impl Place {
+    /// As calls name it.
+    pub(super) fn args(&self) -> diropargs3<'_> {
+        diropargs3 { dir: self.directory.clone(), name: self.name.as_slice().into() }
+    }
+}
+
 /// The handles that are known.
 #[derive(Debug)]
 pub(super) struct Names {
@@ -79,7 +93,22 @@ impl Names {
         self.walk_to(pool, path, false).await
     }
 
-    /// The same; with `kept`, what was known a moment ago will do.
+    /// The directory of a name, as it is now, and the name in it. Of the root, which has none, [`Fault::NotPlain`].
+    /// With `kept`, where it was a moment ago.
+    pub(super) async fn place(&self, pool: &Pool, path: &StorePath, kept: bool) -> Result<Place> {
+        if path.is_root() {
+            return Err(Fault::NotPlain);
+        }
+        let directory = self.walk_to(pool, &path.parent(), kept).await?;
+        Ok(Place { directory, name: path.file_name().as_bytes().to_vec() })
+    }
+
+    /// Forgets what is known of directories: one of them is moved or removed.
+    pub(super) fn forget(&self) {
+        lock(&self.directories).clear();
+    }
+
+    /// The same as [`Names::directory`]; with `kept`, what was known a moment ago will do.
     async fn walk_to(&self, pool: &Pool, path: &StorePath, kept: bool) -> Result<nfs_fh3> {
         let mut at = lock(&self.root).clone();
         let mut here = StorePath::root();
@@ -149,7 +178,7 @@ pub(super) fn kind_of(kind: ftype3) -> FileKind {
     }
 }
 
-fn stat_of(attributes: &fattr3) -> Stat {
+pub(super) fn stat_of(attributes: &fattr3) -> Stat {
     let at = |seconds: u32, nanoseconds: u32| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
     Stat {
         kind: kind_of(attributes.type_),

@@ -4,7 +4,7 @@
 use std::io::Read;
 
 use nfs3_client::nfs3_types::mount::mountstat3;
-use nfs3_client::nfs3_types::nfs3::{Nfs3Option, cookieverf3, fattr3, nfs_fh3};
+use nfs3_client::nfs3_types::nfs3::{Nfs3Option, cookieverf3, fattr3, nfs_fh3, wcc_data};
 use nfs3_client::nfs3_types::xdr_codec::{Error, Opaque, Result, Unpack};
 
 /// The longest handle (`NFS3_FHSIZE`).
@@ -35,6 +35,15 @@ fn handle(input: &mut impl Read) -> Result<(nfs_fh3, usize)> {
     Ok((nfs_fh3 { data: Opaque::owned(data) }, taken))
 }
 
+fn handle_if_any(input: &mut impl Read) -> Result<(Option<nfs_fh3>, usize)> {
+    let (there, first) = bool::unpack(input)?;
+    if !there {
+        return Ok((None, first));
+    }
+    let (handle, second) = handle(input)?;
+    Ok((Some(handle), first + second))
+}
+
 fn attributes(input: &mut impl Read) -> Result<(Option<fattr3>, usize)> {
     let (found, taken) = Nfs3Option::<fattr3>::unpack(input)?;
     let found = match found {
@@ -56,6 +65,22 @@ impl Unpack for Looked {
         let (handle, first) = handle(input)?;
         let (attributes, second) = attributes(input)?;
         let (_, third) = Nfs3Option::<fattr3>::unpack(input)?;
+        Ok((Self { handle, attributes }, first + second + third))
+    }
+}
+
+/// What CREATE or MKDIR made; servers may leave out both.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub handle: Option<nfs_fh3>,
+    pub attributes: Option<fattr3>,
+}
+
+impl Unpack for Made {
+    fn unpack(input: &mut impl Read) -> Result<(Self, usize)> {
+        let (handle, first) = handle_if_any(input)?;
+        let (attributes, second) = attributes(input)?;
+        let (_, third) = wcc_data::unpack(input)?;
         Ok((Self { handle, attributes }, first + second + third))
     }
 }
@@ -117,15 +142,8 @@ impl Unpack for Page {
             taken += length;
             let (attributes, length) = attributes(input)?;
             taken += length;
-            let (has_handle, length) = bool::unpack(input)?;
+            let (handle, length) = handle_if_any(input)?;
             taken += length;
-            let handle = if has_handle {
-                let (handle, length) = handle(input)?;
-                taken += length;
-                Some(handle)
-            } else {
-                None
-            };
             names.push(Name { text: name, cookie, attributes, handle });
         }
         let (eof, length) = bool::unpack(input)?;
@@ -164,11 +182,12 @@ mod tests {
     use std::io::Cursor;
 
     use nfs3_client::nfs3_types::nfs3::{
-        Nfs3Option, READ3resok, READDIRPLUS3resok, cookieverf3, dirlistplus3, entryplus3, fattr3, nfs_fh3,
+        CREATE3resok, Nfs3Option, READ3resok, READDIRPLUS3resok, cookieverf3, dirlistplus3, entryplus3,
+        fattr3, nfs_fh3, wcc_data,
     };
     use nfs3_client::nfs3_types::xdr_codec::{List, Opaque, Pack, Unpack};
 
-    use super::{Data, Mounted, Page};
+    use super::{Data, Made, Mounted, Page};
 
     fn packed(value: &impl Pack) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -220,6 +239,21 @@ mod tests {
         assert_eq!(page.names[0].handle.as_ref().unwrap().data.as_ref(), b"handle");
         assert!(page.names[1].attributes.is_none() && page.names[1].handle.is_none());
         assert_eq!((page.names[1].text.as_slice(), page.names[1].cookie), (&b"long name"[..], 4));
+    }
+
+    #[test]
+    fn what_was_made_may_be_told_or_not() {
+        let wcc = || wcc_data { before: Nfs3Option::None, after: Nfs3Option::Some(sample()) };
+        let handle = |length| Nfs3Option::Some(nfs_fh3 { data: Opaque::owned(vec![7; length]) });
+        let told = |obj, obj_attributes| packed(&CREATE3resok { obj, obj_attributes, dir_wcc: wcc() });
+        let bytes = told(handle(64), Nfs3Option::Some(sample()));
+        let (made, taken) = Made::unpack(&mut Cursor::new(&bytes)).unwrap();
+        assert_eq!((made.handle.unwrap().data.len(), taken), (64, bytes.len()));
+        assert_eq!(made.attributes.unwrap().fileid, sample().fileid);
+        let bytes = told(Nfs3Option::None, Nfs3Option::None);
+        let (made, taken) = Made::unpack(&mut Cursor::new(&bytes)).unwrap();
+        assert!(made.handle.is_none() && made.attributes.is_none() && taken == bytes.len());
+        assert!(Made::unpack(&mut Cursor::new(told(handle(65), Nfs3Option::None))).is_err());
     }
 
     #[test]

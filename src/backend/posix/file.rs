@@ -46,10 +46,6 @@ impl PosixFile {
         self.file
     }
 
-    pub(super) fn length(&self) -> Result<u64> {
-        self.file.metadata().map(|facts| facts.len()).map_err(|error| failed("look at", &self.path, error))
-    }
-
     /// Whether the file lies on a network file system, where waiting is what calls cost.
     pub(super) fn is_on_network(&self) -> Result<bool> {
         if let Some(&network) = self.network.get() {

@@ -19,8 +19,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reflink_copy::ReflinkBlockBuilder;
@@ -28,15 +27,12 @@ use rustix::io::Errno;
 
 use super::failed;
 use super::file::PosixFile;
+use crate::backend::copying::{self, copy, in_flight, make_room, shares};
 use crate::backend::runs::{Batch, parts};
-use crate::backend::{BackendError, Means, Move, Moved, Result, StoreFile, read_padded};
+use crate::backend::{BackendError, Means, Move, Moved, Result, StoreFile};
 
 /// The most that one clone call takes: it holds both inodes' locks and cannot be interrupted.
 const CLONE_BYTES: u64 = 1 << 30;
-/// The buffer of a copying thread.
-const COPY_BYTES: u64 = 1 << 20;
-/// Copies in flight where the cost is waiting. Each has a buffer of its own.
-const IN_FLIGHT: usize = 16;
 /// So many copies are made one after the other before it is known what they wait for.
 const WATCHED: u32 = 8;
 /// What a read and a write may take besides a nanosecond a byte, on average, without anybody waiting: a local file system
@@ -50,8 +46,7 @@ pub(super) fn move_runs(
     runs: &[Move],
     means: Means,
 ) -> Result<Moved> {
-    let lengths = sources.iter().map(|source| Ok(source.stat()?.length)).collect::<Result<Vec<u64>>>()?;
-    let batch = Batch::new(&lengths, runs).map_err(|error| failed("move runs into", target.path(), error))?;
+    let (lengths, batch) = copying::batch(target, sources, runs)?;
     match means {
         Means::Clone => {
             // All that can be known to be impossible is refused before anything is done.
@@ -69,33 +64,6 @@ pub(super) fn move_runs(
             Ok(Moved { cloned_bytes: 0, copied_bytes: batch.bytes() })
         }
     }
-}
-
-/// Makes the target long enough for all runs, and zeros what no source has bytes for.
-fn make_room(target: &PosixFile, batch: &Batch) -> Result<()> {
-    let before = target.length()?;
-    if before < batch.end {
-        target.set_length(batch.end)?;
-    }
-    for &(start, length) in &batch.zeros {
-        // What lies past the old end is a hole already.
-        let old = length.min(before.saturating_sub(start));
-        if old > 0 {
-            zero(target, start, old)?;
-        }
-    }
-    Ok(())
-}
-
-fn zero(target: &PosixFile, start: u64, length: u64) -> Result<()> {
-    if target.punch(start, length)? {
-        return Ok(());
-    }
-    let zeros = vec![0; usize::try_from(COPY_BYTES.min(length)).unwrap_or_default()];
-    parts(start, length, COPY_BYTES).try_for_each(|(at, count)| {
-        let count = usize::try_from(count).unwrap_or_default().min(zeros.len());
-        target.write_at(at, &zeros[..count])
-    })
 }
 
 /// The sources as files of a mount; only those can share extents.
@@ -203,104 +171,15 @@ impl Watch {
     }
 }
 
-/// Does all of them, about in order, several at a time; ends with the first that fails.
-fn in_flight(shares: &[Move], copy: impl Fn(&Move, &mut Vec<u8>) -> Result<()> + Sync) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let failed: Mutex<Option<BackendError>> = Mutex::new(None);
-    let failure = || failed.lock().unwrap_or_else(PoisonError::into_inner);
-    let work = || {
-        let mut buffer = Vec::new();
-        while let Some(share) = shares.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = copy(share, &mut buffer) {
-                next.store(shares.len(), Ordering::Relaxed);
-                failure().get_or_insert(error);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..IN_FLIGHT.min(shares.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
-    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-/// A piece, cut into what is copied in one go.
-fn shares(piece: &Move) -> impl Iterator<Item = Move> + use<> {
-    let piece = *piece;
-    parts(piece.from, piece.length, COPY_BYTES).map(move |(from, length)| Move {
-        from,
-        to: piece.to + (from - piece.from),
-        length,
-        ..piece
-    })
-}
-
-/// Copies one piece through a buffer. What a source loses meanwhile (it got shorter) becomes zeros.
-fn copy(
-    target: &PosixFile,
-    sources: &[Arc<dyn StoreFile>],
-    piece: &Move,
-    buffer: &mut Vec<u8>,
-) -> Result<()> {
-    let Some(source) = sources.get(piece.source) else {
-        return Ok(());
-    };
-    for (from, length) in parts(piece.from, piece.length, COPY_BYTES) {
-        let count = usize::try_from(length).unwrap_or_default();
-        if buffer.len() < count {
-            buffer.resize(count, 0);
-        }
-        let part = &mut buffer[..count];
-        read_padded(source.as_ref(), from, part)?;
-        target.write_at(piece.to + (from - piece.from), part)?;
-    }
-    Ok(())
-}
-
 fn cannot_clone(target: &PosixFile, source: io::Error) -> BackendError {
     BackendError::CannotClone { path: target.path().to_string(), source }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
     use std::time::Duration;
 
-    use super::{IN_FLIGHT, WATCHED, Watch, in_flight, shares};
-    use crate::backend::{BackendError, Move};
-
-    fn moves(count: u64) -> Vec<Move> {
-        shares(&Move { source: 0, from: 0, to: 1 << 30, length: count << 20 }).collect()
-    }
-
-    #[test]
-    fn each_share_is_copied_once() {
-        for count in [0, 1, 3, 100] {
-            let done = Mutex::new(Vec::new());
-            in_flight(&moves(count), |share, _| {
-                done.lock().unwrap().push(*share);
-                Ok(())
-            })
-            .unwrap();
-            let mut done = done.into_inner().unwrap();
-            done.sort_by_key(|share| share.from);
-            assert_eq!(done, moves(count));
-        }
-    }
-
-    #[test]
-    fn the_first_failure_ends_it() {
-        let begun = Mutex::new(0);
-        let failed = in_flight(&moves(1000), |share, _| {
-            *begun.lock().unwrap() += 1;
-            let path = format!("{}", share.from >> 20);
-            if share.from >= 10 << 20 { Err(BackendError::NotPlain { path }) } else { Ok(()) }
-        });
-        assert!(matches!(failed, Err(BackendError::NotPlain { .. })), "{failed:?}");
-        assert!(begun.into_inner().unwrap() <= 10 + IN_FLIGHT);
-    }
+    use super::{WATCHED, Watch};
 
     #[test]
     fn waiting_is_told_from_working() {

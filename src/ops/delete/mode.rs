@@ -225,8 +225,14 @@ fn unfit(
     if member.stat.id.device != survivor.stat.id.device || member.key.store != survivor.key.store {
         return say("the lowest deleted member and the survivor lie on different file systems");
     }
-    if !probed.is_some_and(|can| can.byte_range_locks && can.hard_links) {
-        return say("the store's locks were not proved to be seen by others, or it has no hard links");
+    if !probed.is_some_and(|can| can.hard_links) {
+        return say("the store has no hard links");
+    }
+    if !request.exclusive && !probed.is_some_and(|can| can.byte_range_locks) {
+        return say(
+            "the store's locks were not proved to be seen by others, and --exclusive was not given, by which you vouch \
+             that nobody else has the members open",
+        );
     }
     if merge.merged.iter().any(|id| scan.member(*id).is_some_and(|member| member.stat.links > 1)) {
         return say("a deleted member's file has another name");

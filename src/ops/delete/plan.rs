@@ -171,7 +171,7 @@ fn probe(stores: &Stores, member: &Key, dry_run: bool) -> Result<Capabilities> {
     if let Some(known) = store.record().and_then(|record| record.capabilities)
         && dry_run
     {
-        return Ok(known);
+        return Ok(store.backend().of_known(known));
     }
     // Where its new file will lie, which may be another file system than that of qchain's records.
     let backend = store.backend().as_ref();

@@ -65,6 +65,8 @@ pub struct Request<'a> {
     pub force: bool,
     /// When a merge in place may be chosen.
     pub in_place: InPlacePolicy,
+    /// The caller vouches that nobody else has the members open, where no locks can prove it.
+    pub exclusive: bool,
     /// Members that were deleted and have their names still.
     pub leaving: BTreeSet<NodeId>,
     /// Deleted members keep their names for a stub each. Without, the stubs above them go, too.

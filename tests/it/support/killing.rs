@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use qchain::backend::faulty::{Call, Faulty};
-use qchain::backend::posix::PosixStore;
 use qchain::change::recover::Action;
 use qchain::change::witness::Witness;
 use qchain::change::{Site, SystemClock};
@@ -21,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::crash::{Chain, Shape};
 use super::forked::{Forked, asked};
-use super::store::{change_by, open_with};
+use super::store::{backend, change_by, open_with};
 
 /// So long that no renewal is among the calls of one operation: those come by the clock.
 pub const LONG: Duration = Duration::from_hours(1);
@@ -66,6 +65,8 @@ pub enum Death {
 pub struct Order {
     /// The store.
     pub root: PathBuf,
+    /// By what export it is reached, if not by its directory.
+    pub url: Option<String>,
     /// What it does.
     pub verb: Verb,
     /// The members that it is told.
@@ -154,7 +155,7 @@ fn plain(path: &str) -> String {
 pub fn obey() -> bool {
     let Some(text) = asked(WHAT) else { return false };
     let order: Order = serde_json::from_str(&text).unwrap();
-    let faulty = Faulty::new(Arc::new(PosixStore::open(&order.root).unwrap()));
+    let faulty = Faulty::new(backend(&order.root, order.url.as_deref()));
     let (watched, path) = (faulty.clone(), order.trace.clone());
     let die = move || {
         fs::write(&path, mutations(&watched.trace()).join("\n")).unwrap();

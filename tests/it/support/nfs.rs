@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use qchain::backend::nfs3::{Nfs3Store, NfsUrl};
+use qchain::backend::{Backend as _, FileKind};
+use qchain::ids::StorePath;
 use tempfile::TempDir;
 
 use super::qemu::text;
@@ -36,6 +38,21 @@ pub struct Ganesha {
     server: Option<Child>,
     port: u16,
     mount_port: u16,
+    terms: Terms,
+}
+
+/// What clients may do, in the server's words.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    pub access: &'static str,
+    pub squash: &'static str,
+}
+
+impl Default for Terms {
+    /// Everything.
+    fn default() -> Self {
+        Self { access: "RW", squash: "No_Root_Squash" }
+    }
 }
 
 /// A port that was free a moment ago.
@@ -55,6 +72,11 @@ impl Ganesha {
 
     /// The same, to be killed and started again.
     pub fn start_alone(directory: &Path) -> Self {
+        Self::start_on(directory, Terms::default())
+    }
+
+    /// The same, on other terms.
+    pub fn start_on(directory: &Path, terms: Terms) -> Self {
         let place = tempfile::tempdir().unwrap();
         let rpcbind = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "slave"])
@@ -72,7 +94,7 @@ impl Ganesha {
         }
         std::thread::sleep(Duration::from_millis(100));
         let directory = directory.to_owned();
-        let mut server = Self { place, directory, rpcbind, server: None, port: 0, mount_port: 0 };
+        let mut server = Self { place, directory, rpcbind, server: None, port: 0, mount_port: 0, terms };
         // Somebody else may take a port between the look and the start.
         for _ in 0..5 {
             (server.port, server.mount_port) = (free_port(), free_port());
@@ -90,7 +112,9 @@ impl Ganesha {
         let configuration = CONFIGURATION
             .replace("@PORT@", &self.port.to_string())
             .replace("@MOUNT_PORT@", &self.mount_port.to_string())
-            .replace("@DIRECTORY@", text(&self.directory));
+            .replace("@DIRECTORY@", text(&self.directory))
+            .replace("@ACCESS@", self.terms.access)
+            .replace("@SQUASH@", self.terms.squash);
         fs::write(place.join("ganesha.conf"), configuration).unwrap();
         let namespace = format!("--mount=/proc/{}/ns/mnt", self.rpcbind.id());
         let file = |name| place.join(name);
@@ -132,6 +156,11 @@ impl Ganesha {
     /// The URL by way of another port.
     pub fn url_by(&self, port: u16, more: &str) -> String {
         format!("nfs://127.0.0.1:{port}/export?mountport={}{more}", self.mount_port)
+    }
+
+    /// The URL of a directory of the export.
+    pub fn url_of(&self, below: &str, more: &str) -> String {
+        self.url(more).replacen("/export", &format!("/export/{below}"), 1)
     }
 
     /// Opens it as a store.
@@ -192,4 +221,19 @@ impl Drop for Ganesha {
 /// Opens a store.
 pub fn open(url: &str) -> Nfs3Store {
     Nfs3Store::open(&NfsUrl::parse(url).unwrap()).unwrap_or_else(|error| panic!("{url}: {error}"))
+}
+
+/// Removes all that is in a store, by the server: what is removed behind its back it keeps open, with its space.
+pub fn clear(url: &str) {
+    let store = open(url);
+    for entry in store.walk(&StorePath::root(), 64, &|_| false).into_iter().rev() {
+        let entry = entry.unwrap();
+        let path = entry.path.unwrap();
+        let gone = if entry.kind == FileKind::Directory {
+            store.remove_dir(&path)
+        } else {
+            store.remove_file(&path)
+        };
+        gone.unwrap();
+    }
 }

@@ -17,11 +17,16 @@ pub enum Fate {
     Answer(u32),
     /// It does, and the connection is cut before the answer.
     CutAfter,
+    /// It does, the answer is lost, and the connection stays.
+    Swallow,
     /// It is lost, and the connection stays.
     Lose,
 }
 
-type Chooser = Box<dyn Fn(usize) -> Fate + Send + Sync>;
+/// The most bytes of one request.
+const MOST_BYTES: usize = 2 << 20;
+
+type Chooser = Box<dyn Fn(usize, u32) -> Fate + Send + Sync>;
 
 /// How it is now.
 struct Line {
@@ -75,6 +80,11 @@ impl Proxy {
 
     /// What becomes of each request from now on, by its number from 0.
     pub fn choose(&self, choose: impl Fn(usize) -> Fate + Send + Sync + 'static) {
+        self.choose_by(move |number, _| choose(number));
+    }
+
+    /// The same, also by its procedure of NFS.
+    pub fn choose_by(&self, choose: impl Fn(usize, u32) -> Fate + Send + Sync + 'static) {
         *self.line.choose.lock().unwrap() = Some(Box::new(choose));
         self.line.requests.store(0, Ordering::SeqCst);
     }
@@ -98,13 +108,35 @@ fn answer(call: &[u8], status: u32) -> Vec<u8> {
     let xid = u32::from_be_bytes(call[4..8].try_into().unwrap());
     // Reply, accepted, no verifier, done: what follows is the procedure's own.
     let mut words = vec![xid, 1, 0, 0, 0, 0, status];
-    // All but GETATTR tell attributes here, or that they do not.
-    if call[24..28] != [0, 0, 0, 1] {
-        words.push(0);
-    }
+    // What is told of attributes, or not, differs: none, those of one object, before and after, of two objects.
+    let optional = match procedure(call) {
+        1 => 0,
+        2 | 7..=13 | 21 => 2,
+        14 => 4,
+        15 => 3,
+        _ => 1,
+    };
+    words.resize(words.len() + optional, 0);
     let head = (1_u32 << 31) + u32::try_from(4 * words.len()).unwrap();
     words.insert(0, head);
     words.into_iter().flat_map(u32::to_be_bytes).collect()
+}
+
+/// The procedure of a call of NFS.
+fn procedure(call: &[u8]) -> u32 {
+    u32::from_be_bytes(call[24..28].try_into().unwrap())
+}
+
+/// One request with its length; none if the connection is at its end.
+fn request(client: &mut TcpStream) -> Option<Vec<u8>> {
+    let mut head = [0; 4];
+    client.read_exact(&mut head).ok()?;
+    let length = usize::try_from(u32::from_be_bytes(head) & 0x7FFF_FFFF).unwrap();
+    assert!((24..MOST_BYTES).contains(&length), "a request of {length} bytes");
+    let mut record = head.to_vec();
+    record.resize(4 + length, 0);
+    client.read_exact(&mut record[4..]).ok()?;
+    Some(record)
 }
 
 fn serve(line: &Arc<Line>, mut client: TcpStream) {
@@ -112,40 +144,44 @@ fn serve(line: &Arc<Line>, mut client: TcpStream) {
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", line.target)) else { return };
     client.set_nodelay(true).unwrap();
     server.set_nodelay(true).unwrap();
-    let silenced = Arc::new(AtomicBool::new(false));
+    let [silenced, swallowed] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let (mut from, mut to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-    let silent = silenced.clone();
+    let (silent, swallow) = (silenced.clone(), swallowed.clone());
     std::thread::spawn(move || {
         let mut buffer = vec![0; 1 << 20];
         while let Ok(count) = from.read(&mut buffer) {
+            if swallow.load(Ordering::SeqCst) && count > 0 {
+                continue;
+            }
             if count == 0 || silent.load(Ordering::SeqCst) || to.write_all(&buffer[..count]).is_err() {
                 break;
             }
         }
         let _ = to.shutdown(Shutdown::Both);
     });
-    let mut buffer = vec![0; 64 << 10];
-    // A connection has one small request at a time, so that each comes in one piece.
-    while let Ok(count) = client.read(&mut buffer) {
-        if count == 0 {
-            break;
-        }
+    while let Some(call) = request(&mut client) {
         let number = line.requests.fetch_add(1, Ordering::SeqCst);
-        let fate = line.choose.lock().unwrap().as_ref().map_or(Fate::Pass, |choose| choose(number));
+        let fate = line
+            .choose
+            .lock()
+            .unwrap()
+            .as_ref()
+            .map_or(Fate::Pass, |choose| choose(number, procedure(&call)));
         std::thread::sleep(Duration::from_micros(line.delay_us.load(Ordering::SeqCst)));
         match fate {
             Fate::Lose => continue,
             Fate::Answer(status) => {
-                if client.write_all(&answer(&buffer[..count], status)).is_err() {
+                if client.write_all(&answer(&call, status)).is_err() {
                     break;
                 }
                 continue;
             }
             Fate::CutBefore => break,
             Fate::CutAfter => silenced.store(true, Ordering::SeqCst),
+            Fate::Swallow => swallowed.store(true, Ordering::SeqCst),
             Fate::Pass => {}
         }
-        if server.write_all(&buffer[..count]).is_err() {
+        if server.write_all(&call).is_err() {
             break;
         }
     }

@@ -51,6 +51,14 @@ pub fn open(root: &Path) -> Stores {
     open_with(root, Arc::new(PosixStore::open(root).unwrap()))
 }
 
+/// What a store is reached by: its directory, or the URL of an export.
+pub fn backend(root: &Path, url: Option<&str>) -> Arc<dyn Backend> {
+    match url {
+        Some(url) => Arc::new(super::nfs::open(url)),
+        None => Arc::new(PosixStore::open(root).unwrap()),
+    }
+}
+
 /// Opens a backend as the only store; `root` is what backing names may call it.
 pub fn open_with(root: &Path, backend: Arc<dyn Backend>) -> Stores {
     let config = StoreConfig {
