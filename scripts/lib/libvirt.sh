@@ -42,7 +42,7 @@ need_qemu_http() {
 
 quietly_knows_http() {
     # Nobody listens there: only another error than that says that it was tried.
-    ! qemu-img info http://127.0.0.1:1/ 2>&1 | grep --quiet --ignore-case 'unknown protocol\|unknown driver\|failed to load'
+    ! qemu-img info http://127.0.0.1:1/ 2>&1 | grep --quiet --ignore-case 'unknown protocol\|unknown driver\|failed to load\|unable to load'
 }
 
 # Whether nothing has to go for it.

@@ -155,8 +155,16 @@ pub fn check_survivors(
 #[test]
 fn every_kind_of_chain_on_xfs_by_clone_and_copy() {
     let mount = LoopMount::new(FsKind::Xfs, 4 << 30);
-    for (name, specs) in chains() {
-        try_deletions(&mount.path(), &name, &specs, &[Means::Clone, Means::Copy], DELETIONS);
+    for (index, (name, specs)) in chains().iter().enumerate() {
+        if full() {
+            try_deletions(&mount.path(), name, specs, &[Means::Clone, Means::Copy], DELETIONS);
+            continue;
+        }
+        // Every second of the deletions by each, which of them by turns.
+        for (means, first) in [(Means::Clone, index % 2), (Means::Copy, (index + 1) % 2)] {
+            let deletions: Vec<&[&str]> = DELETIONS.iter().copied().skip(first).step_by(2).collect();
+            try_deletions(&mount.path(), name, specs, &[means], &deletions);
+        }
     }
 }
 
