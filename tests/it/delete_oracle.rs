@@ -11,6 +11,7 @@ use qchain::ops::verify::{Level, Verdict};
 use qchain::store::record::StoreKind;
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, assert_true, build, copy, folders};
+use super::support::crash::full;
 use super::support::digest::plain_digest;
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::store::{
@@ -19,11 +20,6 @@ use super::support::store::{
 
 /// What to delete of a chain of four; the tip too.
 pub const DELETIONS: &[&[&str]] = &[&["a"], &["base"], &["a", "b"], &["c"], &["base", "a", "b"], &["a", "c"]];
-
-/// Whether the full matrices were asked for.
-pub fn full() -> bool {
-    std::env::var_os("QCHAIN_FULL").is_some()
-}
 
 /// Every kind of image that QEMU makes.
 pub fn kinds() -> Vec<Kind> {
@@ -77,8 +73,16 @@ pub fn chains() -> Vec<(String, Vec<Spec>)> {
     chains
 }
 
+/// What to delete, and by which means.
+type Try = (&'static [&'static str], Means);
+
+/// The first of the deletions, by one means.
+fn first_by(means: Means) -> Vec<Try> {
+    DELETIONS[..3].iter().map(|deleted| (*deleted, means)).collect()
+}
+
 /// Deletes from copies of one chain and looks at what is left.
-fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], deletions: &[&[&str]]) {
+fn try_deletions(parent: &Path, name: &str, specs: &[Spec], tries: &[Try]) {
     let (store, truth) = folders(parent, "original");
     build(&store, &truth, specs);
     init(&store, StoreKind::Plain);
@@ -89,20 +93,18 @@ fn try_deletions(parent: &Path, name: &str, specs: &[Spec], means: &[Means], del
         .map(|one| (one.digest.to_string(), plain_digest(&fs::read(truth.join(&one.member)).unwrap())))
         .collect();
     assert!(truths.iter().all(|(digest, truth)| digest == truth), "{name}: {specs:#?}");
-    for deleted in deletions {
-        for means in means {
-            let context = format!("{name}, without {deleted:?}, {means:?}: {specs:#?}");
-            let copied = parent.join("copy");
-            copy(&store, &copied);
-            let before: Vec<_> = NAMES[..4].iter().map(|name| owner_and_mode(&copied.join(name))).collect();
-            // A copy is another file with the same content, which is seen, and adopted for what it was.
-            adopt_well(&copied);
-            let report = delete_well(&copied, deleted, mode_of(*means));
-            check_proof(&report, *means, &context);
-            check_known(&copied, &context);
-            check_survivors(&copied, &truth, deleted, &before, &context);
-            fs::remove_dir_all(&copied).unwrap();
-        }
+    for &(deleted, means) in tries {
+        let context = format!("{name}, without {deleted:?}, {means:?}: {specs:#?}");
+        let copied = parent.join("copy");
+        copy(&store, &copied);
+        let before: Vec<_> = NAMES[..4].iter().map(|name| owner_and_mode(&copied.join(name))).collect();
+        // A copy is another file with the same content, which is seen, and adopted for what it was.
+        adopt_well(&copied);
+        let report = delete_well(&copied, deleted, mode_of(means));
+        check_proof(&report, means, &context);
+        check_known(&copied, &context);
+        check_survivors(&copied, &truth, deleted, &before, &context);
+        fs::remove_dir_all(&copied).unwrap();
     }
     fs::remove_dir_all(&store).unwrap();
     fs::remove_dir_all(&truth).unwrap();
@@ -156,15 +158,14 @@ pub fn check_survivors(
 fn every_kind_of_chain_on_xfs_by_clone_and_copy() {
     let mount = LoopMount::new(FsKind::Xfs, 4 << 30);
     for (index, (name, specs)) in chains().iter().enumerate() {
-        if full() {
-            try_deletions(&mount.path(), name, specs, &[Means::Clone, Means::Copy], DELETIONS);
-            continue;
+        let both = [Means::Clone, Means::Copy];
+        let mut tries: Vec<Try> = Vec::new();
+        for (turn, &deleted) in DELETIONS.iter().enumerate() {
+            // By both, or by turns.
+            let chosen = if full() { &both[..] } else { &both[(index + turn) % 2..][..1] };
+            tries.extend(chosen.iter().map(|&means| (deleted, means)));
         }
-        // Every second of the deletions by each, which of them by turns.
-        for (means, first) in [(Means::Clone, index % 2), (Means::Copy, (index + 1) % 2)] {
-            let deletions: Vec<&[&str]> = DELETIONS.iter().copied().skip(first).step_by(2).collect();
-            try_deletions(&mount.path(), name, specs, &[means], &deletions);
-        }
+        try_deletions(&mount.path(), name, specs, &tries);
     }
 }
 
@@ -173,7 +174,7 @@ fn every_kind_of_chain_on_btrfs() {
     let mount = LoopMount::new(FsKind::Btrfs, 4 << 30);
     let step = if full() { 1 } else { 5 };
     for (name, specs) in chains().iter().step_by(step) {
-        try_deletions(&mount.path(), name, specs, &[Means::Clone], &DELETIONS[..3]);
+        try_deletions(&mount.path(), name, specs, &first_by(Means::Clone));
     }
 }
 
@@ -182,7 +183,7 @@ fn every_kind_of_chain_on_ext4() {
     let mount = LoopMount::new(FsKind::Ext4, 4 << 30);
     let step = if full() { 1 } else { 5 };
     for (name, specs) in chains().iter().skip(1).step_by(step) {
-        try_deletions(&mount.path(), name, specs, &[Means::Copy], &DELETIONS[..3]);
+        try_deletions(&mount.path(), name, specs, &first_by(Means::Copy));
     }
 }
 

@@ -16,8 +16,9 @@ use qchain::qcow2::layout::canonical::Form;
 use qchain::store::record::StoreKind;
 use qchain::units::ClusterBits;
 
-use super::delete_oracle::{chains, full};
+use super::delete_oracle::chains;
 use super::support::chains::{Kind, Numbers, Spec, assert_true, build, folders};
+use super::support::crash::full;
 use super::support::digest::plain_digest;
 use super::support::flat::{Wish, flatten_into, flatten_to, read, stream_of};
 use super::support::mounts::{FsKind, LoopMount};

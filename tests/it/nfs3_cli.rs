@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::delete_oracle::{chains, full};
+use super::delete_oracle::chains;
 use super::support::chains::{build, folders};
+use super::support::crash::full;
 use super::support::digest::plain_digest;
 use super::support::nfs::{Ganesha, Terms, free_port};
 use super::support::qemu::{must, text};
@@ -54,7 +55,7 @@ fn every_kind_of_chain_reads_as_on_the_directory() {
         let (store, truth) = folders(place.path(), &format!("s{index}"));
         build(&store, &truth, specs);
         // An export is a directory below it, too.
-        let url = server.url("").replace("/export", &format!("/export/s{index}"));
+        let url = server.url_of(&format!("s{index}"), "");
         let maps: Vec<[&str; 2]> = ["base", "a", "b", "c"].map(|member| ["map", member]).into();
         let digests: Vec<[&str; 2]> = ["base", "a", "b", "c"].map(|member| ["digest", member]).into();
         let mut verbs: Vec<&[&str]> =

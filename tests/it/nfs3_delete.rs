@@ -13,9 +13,11 @@ use qchain::ops::delete::{ModeChoice, Terms};
 use qchain::store::Stores;
 use qchain::store::record::StoreKind;
 
-use super::delete_oracle::{DELETIONS, chains, check_known, check_proof, check_survivors, full};
+use super::delete_oracle::{DELETIONS, chains, check_known, check_proof, check_survivors};
 use super::support::chains::{NAMES, build, copy, folders};
-use super::support::crash::{Chain, Files, Judge, Row, Shape, Table, difference, left_inside, outside, seed};
+use super::support::crash::{
+    Chain, Files, Judge, Row, Shape, Table, difference, full, left_inside, outside, seed,
+};
 use super::support::killing::{Verb, act, mutations};
 use super::support::mounts::{FsKind, LoopMount};
 use super::support::nfs::{Ganesha, clear, open};
@@ -378,9 +380,5 @@ fn in_place_needs_a_word_of_the_operator() {
         assert!(refused.to_string().contains(word), "{refused}");
     }
     assert!(!mutations(&faulty.trace()).iter().any(|call| call.contains(" a")), "members were touched");
-    assert_eq!(outside(&root), chain_files(&chain));
-}
-
-fn chain_files(chain: &Chain) -> Files {
-    chain.files.clone()
+    assert_eq!(outside(&root), chain.files);
 }

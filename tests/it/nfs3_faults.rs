@@ -12,7 +12,7 @@ use qchain::failure::{Code, Failure as _, Kind};
 use qchain::ids::StorePath;
 use serde_json::Value;
 
-use super::delete_oracle::full;
+use super::support::crash::full;
 use super::support::nfs::{Ganesha, open};
 use super::support::proxy::{Fate, Proxy};
 use super::support::world::World;
