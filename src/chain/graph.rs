@@ -320,6 +320,11 @@ impl Graph {
         })
     }
 
+    /// All that read through `id`, or may: its children and its possible ones.
+    pub fn readers(&self, id: NodeId) -> impl Iterator<Item = NodeId> {
+        self.children(id).iter().copied().chain(self.possible_children(id))
+    }
+
     /// Whether nobody names it as backing file.
     #[must_use]
     pub fn is_tip(&self, id: NodeId) -> bool {

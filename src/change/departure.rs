@@ -132,8 +132,8 @@ fn is_kept(at: &At<'_>, departure: &Departure) -> Result<bool> {
 /// very moment, and whoever let it go died before he looked.
 fn changed_as_it_went(at: &At<'_>, departure: &Departure) -> Result<bool> {
     match &departure.stub {
-        _ if departure.becomes.is_some() => Ok(false),
-        Some(stub) if stands_for_another(at, departure, stub)? => Ok(true),
+        // What was merged into keeps no other name, so there is nothing that its stub could stand for.
+        Some(stub) if departure.becomes.is_none() && stands_for_another(at, departure, stub)? => Ok(true),
         _ => Ok(stat(at, &departure.at.path)?.is_none()
             && stat(at, &departure.kept)?.is_some_and(|found| !departure.is(&found))),
     }
@@ -208,7 +208,7 @@ fn look(site: &Site<'_>) -> Result<Scan> {
 fn reader(site: &Site<'_>, scan: &Scan, one: &Due<'_, '_>, gone: &BTreeSet<Key>) -> Option<String> {
     let id = scan.graph.find(&one.at.key)?;
     let key = |id: NodeId| &scan.graph.node(id).key;
-    let children = scan.graph.children(id).iter().copied().chain(scan.graph.possible_children(id));
+    let children = scan.graph.readers(id);
     // What an earlier stub shows is of no interest, as long as it can be opened.
     let idle = |child: &NodeId| one.departure.stub.is_some() && scan.is_idle_stub(*child);
     let found = children.filter(|child| !idle(child)).map(key).find(|child| !gone.contains(*child));

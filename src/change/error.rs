@@ -31,6 +31,14 @@ pub enum ChangeError {
         /// The member.
         member: String,
     },
+    /// Somebody put a member over one that is being merged in place.
+    #[error("{member} got a child meanwhile, {child}")]
+    NewChild {
+        /// The member.
+        member: String,
+        /// What reads through it.
+        child: String,
+    },
     /// A checkpoint file cannot follow the change.
     #[error("the checkpoint file {path} cannot be edited")]
     Checkpoint {
@@ -126,6 +134,7 @@ impl Failure for ChangeError {
             Self::Store { source, .. } => source.kind(),
             Self::Stores(source) => source.kind(),
             Self::ChangedMeanwhile { .. }
+            | Self::NewChild { .. }
             | Self::Checkpoint { .. }
             | Self::Frozen { .. }
             | Self::StoreAbsent { .. }
@@ -147,7 +156,7 @@ impl Failure for ChangeError {
         match self {
             Self::Store { source, .. } => source.code(),
             Self::Stores(source) => source.code(),
-            Self::ChangedMeanwhile { .. } => Code::ChangedMeanwhile,
+            Self::ChangedMeanwhile { .. } | Self::NewChild { .. } => Code::ChangedMeanwhile,
             Self::Checkpoint { .. } => Code::CheckpointUnreadable,
             Self::Busy { .. } | Self::Decided { .. } => Code::StoreBusy,
             Self::Frozen { .. } => Code::Frozen,
@@ -165,6 +174,7 @@ impl Failure for ChangeError {
         match self {
             Self::Store { member, .. }
             | Self::ChangedMeanwhile { member }
+            | Self::NewChild { member, .. }
             | Self::InPlace { member, .. }
             | Self::Witness { member, .. } => Some(member),
             Self::Checkpoint { path, .. } => Some(path),

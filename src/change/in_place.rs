@@ -95,7 +95,10 @@ pub fn complete(
     }
     let survivor = site.at(&publication.at)?;
     let old = survivor.backend.open(&publication.at.path).map_err(survivor.failed("open"))?;
-    take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+    // One that somebody else put there since has nothing to give; publishing will see it.
+    if publication.old.is(&old.stat().map_err(survivor.failed("look at"))?) {
+        take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+    }
     file.sync().map_err(at.failed("make durable"))?;
     carry_over(site, publication, &at, &file)?;
     link(at.backend, &lowest.path, &publication.from).map_err(at.failed("give a second name to"))?;
@@ -156,6 +159,7 @@ fn grow(
         // Died between the switch and the second name.
         return Ok(());
     }
+    is_alone(site, &scan, &merge)?;
     let knowledge = known_before(site, publication, plan, (&scan, &merge, &input))?;
     let layout = input.layout_onto(Some(plan.base)).map_err(image_failed)?;
     let alignment = input.alignments(plan.clone_alignment);
@@ -194,9 +198,7 @@ fn grow(
     let carried = knowledge.carry(site.stores.get(at.key.store)?, &made)?;
     let survivor = publication.at.clone();
     decided.note(Grown { survivor, written, proof, carried });
-    if decided.is_undone()? {
-        return Err(ChangeError::ChangedMeanwhile { member: at.name.clone() });
-    }
+    stands(site, decided, plan, at)?;
     switch(becomes, file.as_ref()).map_err(image_failed)
 }
 
@@ -269,6 +271,29 @@ fn find(site: &Site<'_>, plan: &InPlace) -> Result<(Scan, Merge)> {
     }
     let merge = Merge { survivor: *survivor, merged: merged.to_vec(), new_parent, merged_stay: false };
     Ok((scan, merge))
+}
+
+/// Whether the merge may be switched to: nobody was put over what is merged while it grew, who would read what it is
+/// then, and nobody has taken the operation back.
+fn stands(site: &Site<'_>, decided: &Decided<'_>, plan: &InPlace, at: &At<'_>) -> Result<()> {
+    let (scan, merge) = find(site, plan)?;
+    is_alone(site, &scan, &merge)?;
+    if decided.is_undone()? {
+        return Err(ChangeError::ChangedMeanwhile { member: at.name.clone() });
+    }
+    Ok(())
+}
+
+/// Whether nobody reads through the members that are merged but the next of them: what he reads would change.
+fn is_alone(site: &Site<'_>, scan: &Scan, merge: &Merge) -> Result<()> {
+    let above = merge.merged.iter().skip(1).chain([&merge.survivor]);
+    for (id, above) in merge.merged.iter().zip(above) {
+        if let Some(other) = scan.graph.readers(*id).find(|other| other != above) {
+            let name = |id| site.stores.display(&scan.graph.node(id).key);
+            return Err(ChangeError::NewChild { member: name(*id), child: name(other) });
+        }
+    }
+    Ok(())
 }
 
 /// Takes off again what was added to a file that was not switched.

@@ -113,8 +113,14 @@ fn look(
     if publication.in_place.is_some() {
         if now.as_ref().is_some_and(|now| publication.is_new(now)) {
             in_place::keep_writers_out(site, decided, publication)?;
-            release(at, &publication.from)?;
-            return Ok(Some(Published::Done));
+            return match stat(at, &publication.from)? {
+                // The old file, at which nobody has looked since it lost its name.
+                Some(found) if !publication.is_new(&found) => after_exchange(publication, at, &found),
+                Some(_) => release(at, &publication.from).map(|()| Published::Done),
+                None if was_written_into(site, publication, at)? => bring_back(publication, at),
+                None => Ok(Published::Done),
+            }
+            .map(Some);
         }
         if now.as_ref().is_some_and(|now| publication.old.is(now))
             && let Err(taken_back) = in_place::complete(site, decided, publication)?
@@ -126,7 +132,9 @@ fn look(
         // Publishing uses the name up: it was done, or given up.
         None => {
             // An earlier run ended between the rename and the look at what it replaced.
-            if now.as_ref().is_some_and(|now| publication.is_new(now)) && was_written_into(publication, at)? {
+            if now.as_ref().is_some_and(|now| publication.is_new(now))
+                && was_written_into(site, publication, at)?
+            {
                 return bring_back(publication, at).map(Some);
             }
             let done = now.as_ref().is_none_or(|now| !publication.old.is(now));
@@ -225,9 +233,12 @@ fn rename_over(one: &Pending<'_>) -> Result<Published> {
     bring_back(publication, at)
 }
 
-/// Whether the old file, which its other name keeps, is not what was recorded any more.
-fn was_written_into(publication: &Publication, at: &At<'_>) -> Result<bool> {
-    if publication.in_place.is_some() {
+/// Whether the old file, which its other name keeps, is not what was recorded any more, and can have its name back:
+/// after a merge in place only while the member has its name through which it reads.
+fn was_written_into(site: &Site<'_>, publication: &Publication, at: &At<'_>) -> Result<bool> {
+    if let Some(lowest) = publication.in_place.as_ref().and_then(|plan| plan.members.first())
+        && !stat(&site.at(lowest)?, &lowest.path)?.is_some_and(|found| publication.is_new(&found))
+    {
         return Ok(false);
     }
     let kept = stat(at, &publication.kept)?;

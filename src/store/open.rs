@@ -180,11 +180,17 @@ impl Stores {
         self.readers
     }
 
-    /// Threads for so many jobs that wait for small reads, of disks or of a server: many at once, whatever the
-    /// cores, up to [`Stores::readers`].
-    pub fn pool(&self, jobs: usize) -> Result<rayon::ThreadPool> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(jobs.clamp(1, self.readers)).build();
-        pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })
+    /// Does what spreads over threads with as many as are good for so many jobs that wait for small reads, of disks
+    /// or of a server: many at once, whatever the cores, up to [`Stores::readers`]. With one only the work is done by
+    /// the caller's own threads.
+    pub fn spread<T: Send>(&self, jobs: usize, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let threads = jobs.clamp(1, self.readers);
+        if threads == 1 {
+            return Ok(work());
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|error| StoreError::Usage { detail: format!("no threads: {error}") })?;
+        Ok(pool.install(work))
     }
 
     /// Each with its index.

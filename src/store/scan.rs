@@ -196,9 +196,9 @@ impl Scan {
             options.progress.advance(1);
             member
         };
-        let pool = stores.pool(found.len())?;
-        let read: Vec<Option<(Member, Vec<Finding>)>> =
-            pool.install(|| found.into_par_iter().with_max_len(4).map(look).collect::<Result<_>>())?;
+        let count = found.len();
+        let read: Vec<Option<(Member, Vec<Finding>)>> = stores
+            .spread(count, || found.into_par_iter().with_max_len(4).map(look).collect::<Result<_>>())??;
         let mut members = Vec::with_capacity(read.len());
         for (member, told) in read.into_iter().flatten() {
             findings.extend(told);

@@ -77,6 +77,7 @@ fn whatever_happens_at_any_call_ends_well() {
     {
         let clean = case.play(&threads, 0, &BTreeMap::new(), true);
         assert_eq!(clean.failure, None, "{case:?}\n{}", clean.story);
+        assert!(clean.deleted, "{case:?}\n{}", clean.story);
         let (calls, end) = (clean.calls[0], *clean.calls.last().unwrap());
         let step = if full() { 1 } else { ONE_IN };
         all.extend(plays(number, calls, end).into_iter().skip(number % step).step_by(step));

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use crate::backend::Capabilities;
 use crate::chain::delete::Merge;
-use crate::chain::graph::NodeId;
 use crate::change::in_place::was_taken_over;
 use crate::failure::Code;
 use crate::ops::delete::plan::Mode;
@@ -212,12 +211,16 @@ fn unfit(
         return Ok(Some(unfit.to_string()));
     }
     let Some(lowest) = merge.merged.first().copied() else { return say("nothing is merged") };
-    let staying = |id: NodeId| {
-        let children = scan.graph.children(id).iter().filter(|child| !request.leaving.contains(child));
-        children.count() + scan.graph.possible_children(id).count()
-    };
-    if merge.merged.iter().any(|id| staying(*id) != 1) {
-        return say("a deleted member has several children");
+    // Those that are leaving count: as long as they have their names they may be opened.
+    if merge.merged.iter().any(|id| scan.graph.readers(*id).count() != 1) {
+        let mut readers = merge.merged.iter().flat_map(|id| scan.graph.readers(*id));
+        return if readers.any(|id| request.leaving.contains(&id)) {
+            say(
+                "a member that keeps its name until its readers have had their grace reads through a deleted one",
+            )
+        } else {
+            say("a deleted member has several children")
+        };
     }
     let (Some(member), Some(survivor)) = (scan.member(lowest), scan.member(merge.survivor)) else {
         return say("it is not in the scan");

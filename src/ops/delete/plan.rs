@@ -152,7 +152,7 @@ pub fn plan(stores: &Stores, scan: &Scan, request: &Request<'_>) -> Result<Plan>
     let planner = Planner { stores, scan, request, capabilities: &capabilities, kept_bytes: &kept_bytes };
     let mut trees: Vec<TreePlan> = if trees.len() > 1 {
         let plan = |(_, targets)| planner.tree(targets);
-        stores.pool(trees.len())?.install(|| trees.into_par_iter().with_max_len(4).map(plan).collect())
+        stores.spread(trees.len(), || trees.into_par_iter().with_max_len(4).map(plan).collect())?
     } else {
         trees.into_iter().map(|(_, targets)| planner.tree(targets)).collect()
     };

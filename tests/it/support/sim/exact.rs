@@ -41,6 +41,8 @@ pub struct Case {
 #[derive(Debug)]
 pub struct Played {
     pub failure: Option<String>,
+    /// Whether the deletion was reported as done.
+    pub deleted: bool,
     pub story: String,
     /// Mutating calls up to the end of each action.
     pub calls: Vec<u64>,
@@ -60,10 +62,13 @@ impl Case {
         for (number, (template, targets)) in shapes.into_iter().enumerate() {
             for (at, (hard_links, exchange)) in stores.into_iter().enumerate() {
                 for (turn, mode) in modes.into_iter().enumerate() {
-                    // By clones large clusters only; in place one child only.
+                    // By clones large clusters only; in place one child only, and where there are hard links.
+                    let large = template % 8 >= 4;
                     let fits = match mode {
-                        ModeChoice::Clone => template % 8 >= 4,
-                        ModeChoice::InPlace => !matches!((template, targets), (5 | 2, _) | (_, [3])),
+                        ModeChoice::Clone => large,
+                        ModeChoice::InPlace => {
+                            hard_links && !matches!((template, targets), (5 | 2, _) | (_, [3]))
+                        }
                         _ => true,
                     };
                     let (grace, retention) = times[(number + at + turn) % times.len()];
@@ -75,7 +80,7 @@ impl Case {
                             kind,
                             hard_links,
                             exchange,
-                            clones: mode == ModeChoice::Clone,
+                            clones: mode == ModeChoice::Clone || mode == ModeChoice::InPlace && large,
                             targets: targets.to_vec(),
                             mode,
                             grace_ns: grace * i64::try_from(SECOND).unwrap(),
@@ -133,9 +138,9 @@ impl Case {
         let world = self.world(seed, strikes, trace);
         let said = format!("{self:?} {strikes:?}");
         world.state().note(|| said);
-        let mut calls = Vec::new();
+        let (mut calls, mut deleted) = (Vec::new(), false);
         let played = catch_unwind(AssertUnwindSafe(|| {
-            threads.0[0].install(|| self.act(&world, &mut calls))?;
+            threads.0[0].install(|| self.act(&world, &mut calls, &mut deleted))?;
             end(&world, threads)
         }));
         let done = played.unwrap_or_else(|panic| {
@@ -143,11 +148,10 @@ impl Case {
         });
         world.state().judge(done);
         let state = world.state();
-        Played { failure: state.failure.clone(), story: state.story(), calls }
+        Played { failure: state.failure.clone(), deleted, story: state.story(), calls }
     }
 
-    fn act(&self, world: &Arc<World>, calls: &mut Vec<u64>) -> Result<(), String> {
-        let mut deleted = false;
+    fn act(&self, world: &Arc<World>, calls: &mut Vec<u64>, deleted: &mut bool) -> Result<(), String> {
         for action in self.actions() {
             let waiting = world.state().strikes.len();
             let gave = act(world, 0, &action);
@@ -160,14 +164,14 @@ impl Case {
             drop(state);
             match action {
                 Action::Delete { .. } => {
-                    deleted = gave.is_some_and(|gave| gave.did());
-                    if deleted && !struck {
+                    *deleted = gave.is_some_and(|gave| gave.did());
+                    if *deleted && !struck {
                         self.keeps_names(world)?;
                     }
                 }
                 // What was reported as done can be taken back, whatever happened since to the power.
                 Action::Undo
-                    if deleted
+                    if *deleted
                         && !met_others
                         && !struck
                         && self.hard_links

@@ -106,7 +106,12 @@ fn add_child(state: &mut State, store: &MemoryStore, name: &str) -> Option<Strin
         put(store, &checkpoint, &xml(&child, Some(name), 0));
     }
     put(store, &state.truth.layout.member(&child), &spec.build());
+    // Between the last look and the switch of a merge in place nobody can notice a child, which then reads what
+    // is the survivor's.
+    let merged = parent.in_place && parent.presence == Presence::Either;
+    let narrow = merged && state.slots.iter().any(|slot| slot.looked);
     let mut member = Member::new(spec.view(&below), 0);
+    member.spoilt = narrow;
     member.late = true;
     state.truth.members.insert(child.clone(), member);
     Some(format!("add {child} over {name}"))

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use qchain::backend::memory::MemoryStore;
-use qchain::backend::{Backend, Identity};
+use qchain::backend::{Backend, Capabilities, Identity};
 use qchain::ids::StorePath;
 use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
 
@@ -141,7 +141,16 @@ pub fn build(store: MemoryStore, layout: Layout, template: &Template) -> Arc<Mem
         least_writer: 1,
         kind: layout.0,
         zone,
-        capabilities: None,
+        // As `init` leaves it where locks are seen across processes: without that nothing is merged in place.
+        capabilities: Some(Capabilities {
+            clone: false,
+            clone_alignment: 0,
+            hard_links: true,
+            byte_range_locks: true,
+            rename_exchange: true,
+            direct_io: false,
+            network: false,
+        }),
     };
     put(&store, &path(".qchain/store.json"), &record.encode());
     for (number, member) in template.members.iter().enumerate() {

@@ -88,6 +88,8 @@ pub struct Truth {
     pub undos_begun: u32,
     /// Whether there was no power cut since all was last in order.
     pub orderly: bool,
+    /// Whether a write was ever cut off in its middle.
+    pub halved: bool,
     /// Whether there was a power cut at all: who announced himself and is forgotten never takes his number.
     cut: bool,
     claims: BTreeMap<StorePath, Seen>,
@@ -119,6 +121,7 @@ impl Truth {
             undos: 0,
             undos_begun: 0,
             orderly: true,
+            halved: false,
             cut: false,
             claims: BTreeMap::new(),
             over: BTreeMap::new(),
@@ -151,7 +154,7 @@ impl Truth {
         let found = store.stat(&place).ok();
         let there = found.is_some();
         let orderly = self.orderly || when != When::Instant;
-        let Some(member) = self.members.get_mut(name) else { return Ok(()) };
+        let Some(member) = self.members.get(name) else { return Ok(()) };
         match (there, member.presence) {
             // Taken back, it may lose its name for an instant to an instance that was stopped right before its
             // rename, and gives it back.
@@ -168,12 +171,11 @@ impl Truth {
         if member.spoilt {
             return Ok(());
         }
-        // Between the switch and the end the file belongs to another name.
-        if member.in_place && member.presence == Presence::Either && when == When::Instant {
-            return Ok(());
-        }
-        if let Some(found) = found.filter(|found| found.uid != member.uid) {
-            return Err(format!("{name} has the owner {}", found.uid));
+        // Merged into in place, its file becomes the survivor's: what that one shows, then whose it is.
+        let leaves = member.in_place && member.presence == Presence::Either;
+        let (uid, own) = (found.map_or(0, |found| found.uid), member.uid);
+        if uid != own && !(leaves && (self.members.values().any(|other| other.uid == uid))) {
+            return Err(format!("{name} has the owner {uid}"));
         }
         let chain = match self.layers.chain(store, &place) {
             Ok(chain) => chain,
@@ -189,19 +191,37 @@ impl Truth {
                     Err(format!("{name}: {broken}"))
                 };
             }
+            // Half of the switch was written, which leaves neither image: recovery writes the rest.
+            Err(_) if leaves && self.halved && when == When::Instant => return Ok(()),
             Err(broken) => return Err(format!("{name}: {broken}")),
         };
         for pair in chain.paths.windows(2) {
             self.over.insert(pair[0].clone(), pair[1].clone());
         }
+        let shown = |other: &Member| chain.view() == other.view;
+        let Some(member) = self.members.get(name) else { return Ok(()) };
         if member.verified != chain.versions {
-            if chain.view() != member.view {
+            // One of whom it belongs to already says it shows the right thing, or one that it is about to be given to.
+            let whose = |other: &&Member| when == When::Instant || other.uid == uid;
+            let anothers = || self.members.values().filter(whose).any(shown);
+            // Of several that become one, those above the lowest read through it until their names are gone.
+            let between = || when != When::End && self.reads_through_leaving(&chain.paths);
+            let half = self.halved && when == When::Instant;
+            if !(uid == own && shown(member) || leaves && (half || anothers() || between())) {
                 let through: Vec<&str> = chain.paths.iter().map(StorePath::as_str).collect();
                 return Err(format!("{name} shows something else, through {through:?}"));
             }
-            member.verified = chain.versions;
+            if let Some(member) = self.members.get_mut(name) {
+                member.verified = chain.versions;
+            }
         }
         Ok(())
+    }
+
+    /// Whether what reads through these, the first of them, reads through one that is merged into.
+    fn reads_through_leaving(&self, paths: &[StorePath]) -> bool {
+        let merged = |member: &Member| member.in_place && member.presence == Presence::Either;
+        paths.iter().skip(1).any(|path| self.members.get(path.file_name()).is_some_and(merged))
     }
 
     /// Whether what is missing is a member that was asked away, and is in trash.

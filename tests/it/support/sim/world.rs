@@ -90,6 +90,8 @@ pub struct Slot {
     pub phase: Phase,
     /// The call that it is about to make.
     pub pending: Option<Call>,
+    /// Whether it has looked who is there since it last changed something.
+    pub looked: bool,
 }
 
 /// What may still go wrong.
@@ -170,7 +172,8 @@ impl World {
         mut dice: Dice,
         began_ns: i64,
     ) -> Self {
-        let slot = || Slot { status: Status::Ready, life: 0, phase: Phase::Idle, pending: None };
+        let slot =
+            || Slot { status: Status::Ready, life: 0, phase: Phase::Idle, pending: None, looked: false };
         let count = options.slots;
         let current = usize::try_from(dice.below(count as u64)).unwrap();
         let state = State {
@@ -264,8 +267,15 @@ impl World {
         }
         state.note_call(life, &call);
         let (mutates, syncs) = (call.mutates, call.name.starts_with("sync"));
+        let looks = matches!(call.name, "read_dir" | "walk") && !call.path.as_str().starts_with(".qchain");
         state.slots[life.slot].pending = Some(call);
+        if looks {
+            state.slots[life.slot].looked = true;
+        }
         let verdict = state.trouble(self, life, mutates, syncs);
+        if mutates {
+            state.slots[life.slot].looked = false;
+        }
         let mut state = self.hand_over(state, life.slot);
         state.slots[life.slot].pending = None;
         if state.is_alive(life) { verdict } else { DEAD }
@@ -487,6 +497,7 @@ impl State {
     fn strike(&mut self, world: &World, life: Life, strike: Strike) -> Verdict {
         match strike {
             Strike::Crash(how) => {
+                self.truth.halved |= how == How::Half;
                 self.count("crash");
                 Verdict::Crash(how)
             }
@@ -505,6 +516,7 @@ impl State {
                 Verdict::Go
             }
             Strike::Fail(how, errno) => {
+                self.truth.halved |= how == How::Half;
                 self.count("error");
                 self.note(|| format!("{} FAILS, {how:?} done", life.slot));
                 Verdict::Fail(how, errno)
