@@ -181,6 +181,18 @@ impl<'s> Decided<'s> {
         self.journal()?.is_followed(&self.name.tree, self.name.generation, edits)
     }
 
+    /// Whether a later operation of the tree, which is not over, deletes a member or gives it a new file.
+    pub(super) fn is_built_on(&self, member: &Place) -> Result<bool> {
+        let journal = self.journal()?;
+        let open = journal.intents()?;
+        let changes = |name: &IntentName, later: &Commit| {
+            let published = later.publications.iter().map(|publication| &publication.at);
+            let mut touched = published.chain(later.departures.iter().map(|departure| &departure.at));
+            open.contains(name) && touched.any(|at| at == member)
+        };
+        journal.is_followed(&self.name.tree, self.name.generation, changes)
+    }
+
     /// Until when deleted members keep their names, nanoseconds since 1970.
     #[must_use]
     pub fn grace_until(&self) -> i64 {

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use crate::backend::publish::{link, take_identity};
-use crate::backend::{BackendError, StoreFile};
+use crate::backend::{BackendError, LockKind, StoreFile};
 use crate::chain::delete::Merge;
 use crate::chain::graph::Key;
 use crate::chain::graph::NodeId;
@@ -47,6 +47,7 @@ pub fn complete(
     let Some(plan) = &publication.in_place else { return Ok(Ok(())) };
     let Some(lowest) = plan.members.first() else { return Ok(Ok(())) };
     let at = site.at(lowest)?;
+    let _alone = lock(&at, publication)?;
     let taken_back = |reason: &str| {
         let reason = format!("{} {reason}", at.name);
         Ok(Err(Published::TakenBack { code: Code::ChangedMeanwhile, reason }))
@@ -87,7 +88,7 @@ pub fn complete(
                 Err(error)
             }
             _ => {
-                cut_off(site, &at, plan, &file)?;
+                cut_off(site, &at, (publication, plan), &file)?;
                 let reason = format!("{} was not merged into: {}", at.name, with_causes(&error));
                 Ok(Err(Published::TakenBack { code: error.code(), reason }))
             }
@@ -106,6 +107,39 @@ pub fn complete(
         decided.keep_writers_out(held);
     }
     Ok(Ok(()))
+}
+
+/// Leaves a merge alone whose survivor somebody else removed or replaced before it was made: the deleted member keeps
+/// its old image. `false`: it is the survivor's by now, or is gone.
+pub fn is_left(site: &Site<'_>, publication: &Publication) -> Result<bool> {
+    let Some(plan) = &publication.in_place else { return Ok(false) };
+    let Some(lowest) = plan.members.first() else { return Ok(false) };
+    let at = site.at(lowest)?;
+    match stat(&at, &lowest.path)? {
+        Some(found) if publication.new.inode == found.id.inode => {}
+        _ => return Ok(false),
+    }
+    let _alone = lock(&at, publication)?;
+    let file = at.backend.open_writable(&lowest.path).map_err(at.failed("open"))?;
+    let state = switch_state(&plan.switch, file.as_ref())
+        .map_err(|source| StoreError::Image { member: at.name.clone(), source })?;
+    if matches!(state, Switched::Done | Switched::Torn) {
+        return Ok(false);
+    }
+    if state == Switched::Not && !file.image_locks().map_err(at.failed("look at the locks of"))?.writer {
+        cut_off(site, &at, (publication, plan), &file)?;
+    }
+    Ok(true)
+}
+
+/// Only one process merges into a file, or takes that back: leases are taken over from who is stopped for long, and of
+/// two the one could take back what the other is about to switch to.
+fn lock(at: &At<'_>, publication: &Publication) -> Result<Box<dyn Send + Sync>> {
+    let path = own(&["locks", &format!("in-place-{}", publication.new.inode)]);
+    let lock = at.backend.try_lock(&path, LockKind::Exclusive).map_err(at.failed("lock"))?;
+    lock.ok_or_else(|| ChangeError::Busy {
+        owner: format!("another qchain, which is merging into {} and may be stopped", at.name),
+    })
 }
 
 /// Keeps QEMU's writers out of a file that was merged into, as long as it has the deleted member's name beside
@@ -297,10 +331,18 @@ fn is_alone(site: &Site<'_>, scan: &Scan, merge: &Merge) -> Result<()> {
 }
 
 /// Takes off again what was added to a file that was not switched.
-fn cut_off(site: &Site<'_>, at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFile>) -> Result<()> {
+fn cut_off(
+    site: &Site<'_>,
+    at: &At<'_>,
+    (publication, plan): (&Publication, &InPlace),
+    file: &Arc<dyn StoreFile>,
+) -> Result<()> {
     let image = Image::open(file.clone(), &at.name)
         .map_err(|error| StoreError::Image { member: at.name.clone(), source: error })?;
-    if !is_switched(&image, plan) && image.file_length() > plan.length {
+    let now = file.stat().map_err(at.failed("look at"))?;
+    // Space that was only reserved lies behind the end, too, and goes with the same call.
+    let touched = now.length > plan.length || now.length == plan.length && !publication.new.is(&now);
+    if touched && !is_switched(&image, plan) {
         // Not synced: it may be a sync that failed, and a power cut brings back no more than bytes behind the
         // image's end.
         file.set_length(plan.length).map_err(at.failed("shorten"))?;
@@ -310,7 +352,8 @@ fn cut_off(site: &Site<'_>, at: &At<'_>, plan: &InPlace, file: &Arc<dyn StoreFil
 }
 
 /// Gives back the space of what merges in place have left unused: the old tables, and data that the deleted
-/// members' successors replaced. False if somebody has the file open, who may read what is unused since.
+/// members' successors replaced. False if that has to wait: for somebody who has the file open, and may read what is
+/// unused since, or for a later operation that deletes the file or merges it, and knows it by its mark.
 pub fn give_back(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
     for publication in &decided.commit().publications {
         let Some(plan) = &publication.in_place else { continue };
@@ -319,6 +362,9 @@ pub fn give_back(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
             Some(found) if publication.is_new(&found) => {}
             // Another file by now.
             _ => continue,
+        }
+        if decided.is_built_on(&publication.at)? {
+            return Ok(false);
         }
         let file = at.backend.open_writable(&publication.at.path).map_err(at.failed("open"))?;
         if file.image_locks().map_err(at.failed("look at the locks of"))?.any {

@@ -138,10 +138,12 @@ fn look(
                 return bring_back(publication, at).map(Some);
             }
             let done = now.as_ref().is_none_or(|now| !publication.old.is(now));
-            return Ok(Some(if done {
-                Published::Done
-            } else {
+            return Ok(Some(if !done {
                 taken_back(at, "has its old file still; the new one was given up")
+            } else if in_place::is_left(site, publication)? {
+                taken_back(at, "was replaced or removed by somebody else")
+            } else {
+                Published::Done
             }));
         }
         Some(found) if publication.is_new(&found) => {}

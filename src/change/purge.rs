@@ -35,7 +35,7 @@ pub fn purge(site: &Site<'_>, decided: &Decided<'_>, departed: &[Departed]) -> R
     let mut findings = Vec::new();
     decided.settle()?;
     if decided.commit.purpose == Purpose::Delete {
-        // Somebody reads the file still; the next purge sees to it.
+        // Somebody needs the file as it is; the next purge sees to it.
         if !in_place::give_back(site, decided)? {
             return Ok(findings);
         }

@@ -378,7 +378,13 @@ impl Room {
 
 /// Whether the second may fail with that.
 fn fair(case: Case, error: &OpError, deleted: &[String]) -> bool {
+    // Only one process merges into a file, however long it is stopped: its tree waits for it, decided.
+    let waits = case.mode == ModeChoice::InPlace
+        && !case.undoes
+        && deleted.len() == 1
+        && matches!(error.kind(), FailureKind::Busy | FailureKind::Refused);
     match case.rival {
+        Rival::Same if waits => true,
         // It finished what the first had decided, and then there was nothing to do.
         Rival::Same if case.aim() == Aim::Consolidate => {
             error.code() == Code::AlreadyBase && deleted.len() == 1
@@ -388,7 +394,7 @@ fn fair(case: Case, error: &OpError, deleted: &[String]) -> bool {
         // There was nothing to be taken back, or it is an undo.
         Rival::Undo => true,
         // A file that an instance that was taken over may still write into is not written into again.
-        Rival::Other => case.mode == ModeChoice::InPlace && error.kind() == FailureKind::Refused,
+        Rival::Other => waits || case.mode == ModeChoice::InPlace && error.kind() == FailureKind::Refused,
         Rival::Recover => false,
     }
 }

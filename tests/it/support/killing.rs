@@ -144,7 +144,7 @@ fn plain(path: &str) -> String {
     for part in path.split_inclusive(['/', '.', '-']) {
         let word = part.trim_end_matches(['/', '.', '-']);
         let id = word.len() == 32 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
-        let inode = path.contains("taken-over-") || path.contains("/manifests/");
+        let inode = ["taken-over-", "/in-place-", "/manifests/"].iter().any(|of| path.contains(of));
         let number = inode && !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
         plain += &if id || number { part.replace(word, "*") } else { part.to_owned() };
     }

@@ -109,7 +109,7 @@ fn add_child(state: &mut State, store: &MemoryStore, name: &str) -> Option<Strin
     // Between the last look and the switch of a merge in place nobody can notice a child, which then reads what
     // is the survivor's.
     let merged = parent.in_place && parent.presence == Presence::Either;
-    let narrow = merged && state.slots.iter().any(|slot| slot.looked);
+    let narrow = merged && state.is_switching();
     let mut member = Member::new(spec.view(&below), 0);
     member.spoilt = narrow;
     member.late = true;
@@ -128,12 +128,21 @@ fn edit_header(state: &mut State, store: &MemoryStore, name: &str) -> Option<Str
     let further = chain.paths.get(2..).filter(|paths| !paths.is_empty())?;
     let onto = state.dice.pick(further).file_name().to_owned();
     spoil(state, store, name);
+    // One that was merged into in place has its successor's file for its grace: that is what is written into.
+    let inode = file.stat().unwrap().id.inode;
+    let is_it = |other: &String| {
+        other != name
+            && store.stat(&state.truth.layout.member(other)).is_ok_and(|found| found.id.inode == inode)
+    };
+    let successor = state.truth.members.keys().find(|other| is_it(other)).cloned();
+    if let Some(successor) = &successor {
+        spoil(state, store, successor);
+    }
     let header = bytes(store, &place)?;
     let at = u64::from_be_bytes(header[8..16].try_into().unwrap());
     file.write_at(at, onto.as_bytes()).unwrap();
     file.sync().unwrap();
-    let inode = file.stat().unwrap().id.inode;
-    settle(state, name, inode, Some(onto.clone()));
+    settle(state, successor.as_deref().unwrap_or(name), inode, Some(onto.clone()));
     Some(format!("rebase {name} onto {onto}"))
 }
 

@@ -123,12 +123,17 @@ impl Layers {
 impl Chain {
     /// What a guest reads.
     pub fn view(&self) -> Vec<u8> {
-        let Some(top) = self.layers.first() else { return Vec::new() };
-        let size = self.layers.iter().flat_map(|layer| layer.clusters.iter().flatten()).next();
+        self.view_of(0)
+    }
+
+    /// What a guest reads of the member that is that many below.
+    pub fn view_of(&self, depth: usize) -> Vec<u8> {
+        let layers = &self.layers[depth..];
+        let Some(top) = layers.first() else { return Vec::new() };
+        let size = layers.iter().flat_map(|layer| layer.clusters.iter().flatten()).next();
         let size = size.map_or(0, Vec::len);
         let cluster = |index: usize| {
-            let found =
-                self.layers.iter().find_map(|layer| layer.clusters.get(index).and_then(Option::as_ref));
+            let found = layers.iter().find_map(|layer| layer.clusters.get(index).and_then(Option::as_ref));
             found.cloned().unwrap_or_else(|| vec![0; size])
         };
         (0..top.clusters.len()).flat_map(cluster).collect()

@@ -7,7 +7,7 @@ use qchain::backend::memory::MemoryStore;
 use qchain::backend::publish::decided;
 use qchain::ids::StorePath;
 
-use super::image::{Layers, Version, bytes};
+use super::image::{Chain, Layers, Version, bytes};
 use super::stage::{Layout, Made, Template, owner, path};
 
 /// Whether a name must be there.
@@ -205,7 +205,7 @@ impl Truth {
             let whose = |other: &&Member| when == When::Instant || other.uid == uid;
             let anothers = || self.members.values().filter(whose).any(shown);
             // Of several that become one, those above the lowest read through it until their names are gone.
-            let between = || when != When::End && self.reads_through_leaving(&chain.paths);
+            let between = || when != When::End && self.reads_through_leaving(&chain);
             let half = self.halved && when == When::Instant;
             if !(uid == own && shown(member) || leaves && (half || anothers() || between())) {
                 let through: Vec<&str> = chain.paths.iter().map(StorePath::as_str).collect();
@@ -218,10 +218,15 @@ impl Truth {
         Ok(())
     }
 
-    /// Whether what reads through these, the first of them, reads through one that is merged into.
-    fn reads_through_leaving(&self, paths: &[StorePath]) -> bool {
-        let merged = |member: &Member| member.in_place && member.presence == Presence::Either;
-        paths.iter().skip(1).any(|path| self.members.get(path.file_name()).is_some_and(merged))
+    /// Whether the first of these reads through one that is merged into, and shows another member already.
+    fn reads_through_leaving(&self, chain: &Chain) -> bool {
+        let merged = |member: &&Member| member.in_place && member.presence == Presence::Either;
+        let shows_another = |(depth, path): (usize, &StorePath)| {
+            let Some(own) = self.members.get(path.file_name()).filter(merged) else { return false };
+            let view = chain.view_of(depth);
+            view != own.view && self.members.values().any(|other| other.view == view)
+        };
+        (1..).zip(chain.paths.iter().skip(1)).any(shows_another)
     }
 
     /// Whether what is missing is a member that was asked away, and is in trash.

@@ -19,6 +19,9 @@ const MOST_CALLS: u64 = 200_000;
 /// How much of a trace is shown.
 const SHOWN: usize = 2000;
 
+/// How the locks of files begin that are merged into.
+const MERGED: &str = ".qchain/locks/in-place-";
+
 /// One call of a store.
 #[derive(Clone, Debug)]
 pub struct Call {
@@ -90,8 +93,21 @@ pub struct Slot {
     pub phase: Phase,
     /// The call that it is about to make.
     pub pending: Option<Call>,
-    /// Whether it has looked who is there since it last changed something.
-    pub looked: bool,
+    /// How far it is with a merge in place.
+    merging: Merging,
+}
+
+/// How far an instance is with a merge in place, for which it has the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Merging {
+    /// It does not merge.
+    Not,
+    /// It has the lock, and has changed nothing yet.
+    Locked,
+    /// It writes.
+    Writes,
+    /// It has looked who is there since it last wrote, and may be about to switch.
+    Looked,
 }
 
 /// What may still go wrong.
@@ -172,8 +188,13 @@ impl World {
         mut dice: Dice,
         began_ns: i64,
     ) -> Self {
-        let slot =
-            || Slot { status: Status::Ready, life: 0, phase: Phase::Idle, pending: None, looked: false };
+        let slot = || Slot {
+            status: Status::Ready,
+            life: 0,
+            phase: Phase::Idle,
+            pending: None,
+            merging: Merging::Not,
+        };
         let count = options.slots;
         let current = usize::try_from(dice.below(count as u64)).unwrap();
         let state = State {
@@ -269,13 +290,14 @@ impl World {
         let (mutates, syncs) = (call.mutates, call.name.starts_with("sync"));
         let looks = matches!(call.name, "read_dir" | "walk") && !call.path.as_str().starts_with(".qchain");
         state.slots[life.slot].pending = Some(call);
-        if looks {
-            state.slots[life.slot].looked = true;
-        }
         let verdict = state.trouble(self, life, mutates, syncs);
-        if mutates {
-            state.slots[life.slot].looked = false;
-        }
+        let merging = &mut state.slots[life.slot].merging;
+        *merging = match *merging {
+            Merging::Not => Merging::Not,
+            _ if mutates => Merging::Writes,
+            Merging::Writes if looks => Merging::Looked,
+            as_before => as_before,
+        };
         let mut state = self.hand_over(state, life.slot);
         state.slots[life.slot].pending = None;
         if state.is_alive(life) { verdict } else { DEAD }
@@ -334,18 +356,31 @@ impl World {
         }
         state.locked += 1;
         let number = state.locked;
-        let host = if state.options.one_host { 0 } else { life.slot };
+        // Nothing is merged in place but where locks are seen by all.
+        let by_all = path.as_str().starts_with(MERGED);
+        let host = if state.options.one_host || by_all { 0 } else { life.slot };
         let holders = state.locks.entry((host, path.clone())).or_default();
         let free = |(held, ..): &(LockKind, Life, u64)| (*held, kind) == (LockKind::Shared, LockKind::Shared);
         if !holders.iter().all(free) {
             return None;
         }
         holders.push((kind, life, number));
+        if by_all {
+            state.slots[life.slot].merging = Merging::Locked;
+        }
         Some(number)
     }
 
     pub fn unlock_local(&self, number: u64) {
-        self.state().locks.values_mut().for_each(|holders| holders.retain(|(_, _, held)| *held != number));
+        let mut state = self.state();
+        let State { locks, slots, .. } = &mut *state;
+        for ((_, path), holders) in locks.iter_mut() {
+            let Some(at) = holders.iter().position(|(_, _, held)| *held == number) else { continue };
+            let (_, life, _) = holders.swap_remove(at);
+            if path.as_str().starts_with(MERGED) && slots[life.slot].life == life.number {
+                slots[life.slot].merging = Merging::Not;
+            }
+        }
     }
 }
 
@@ -354,10 +389,16 @@ impl State {
         self.slots[life.slot].life == life.number
     }
 
+    /// Whether somebody may be about to switch a merge in place, and looks at nothing before.
+    pub fn is_switching(&self) -> bool {
+        self.slots.iter().any(|slot| slot.merging == Merging::Looked)
+    }
+
     /// An instance is no more; its script goes on with a new one.
     fn kill(&mut self, slot: usize) {
         self.slots[slot].life += 1;
         self.slots[slot].phase = Phase::Idle;
+        self.slots[slot].merging = Merging::Not;
         for holders in self.locks.values_mut() {
             holders.retain(|(_, life, _)| life.slot != slot);
         }
