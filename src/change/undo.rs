@@ -16,6 +16,8 @@ use crate::cloudstack::backing::{At as NamedAt, NameMap, Target};
 use crate::cloudstack::paths::{checkpoint_of, snapshot_of};
 use crate::ids::StorePath;
 use crate::qcow2::Image;
+use crate::qcow2::layout::Switched;
+use crate::qcow2::write::switch_state;
 
 /// Decides that an operation is taken back. The result is to be published as any decision; nothing has
 /// changed before that.
@@ -86,9 +88,9 @@ fn decide<'s>(
     commit: &Commit,
 ) -> Result<Decided<'s>> {
     let journal = Journal::new(site.stores.get(home)?.backend());
-    later(&journal, name, commit).map_err(refusal(name))?;
+    let grown = later(&journal, name, commit).map_err(refusal(name))?;
     let mut reversed = reverse(site, &operation, commit).map_err(refusal(name))?;
-    stands(site, &reversed).map_err(refusal(name))?;
+    stands(site, &reversed, &grown).map_err(refusal(name))?;
     reversed.purpose = Purpose::Undo { operation: name.operation.clone(), generation: name.generation };
     // Each may be the root again.
     let roots =
@@ -112,9 +114,14 @@ fn touched(commit: &Commit) -> impl Iterator<Item = &Place> {
     survivors.chain(commit.departures.iter().map(|departure| &departure.at))
 }
 
-/// A later operation of the tree that touched what this one did.
-fn later(journal: &Journal, name: &IntentName, commit: &Commit) -> std::result::Result<(), Conflict> {
+/// Looks for a later operation of the tree that touched what this one did. Gives what others merge in place.
+fn later(
+    journal: &Journal,
+    name: &IntentName,
+    commit: &Commit,
+) -> std::result::Result<Vec<Publication>, Conflict> {
     let own: Vec<&Place> = touched(commit).collect();
+    let mut grown = Vec::new();
     let mut undone = Vec::new();
     let mut builds = Vec::new();
     for number in journal.generations(&name.tree)?.into_iter().filter(|number| *number > name.generation) {
@@ -129,18 +136,19 @@ fn later(journal: &Journal, name: &IntentName, commit: &Commit) -> std::result::
                 if touched(other).any(|place| own.contains(&place)) {
                     builds.push((number, claim.operation.to_string()));
                 }
+                grown.extend(other.publications.iter().filter(|one| one.in_place.is_some()).cloned());
             }
         }
     }
     match builds.iter().find(|(number, _)| !undone.contains(number)) {
         Some((_, operation)) => Err(Conflict::With(format!("the later operation {operation} builds on it"))),
-        None => Ok(()),
+        None => Ok(grown),
     }
 }
 
-/// Whether everything is there that the old files read through: a later operation may have deleted it, which
-/// nobody read any more.
-fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict> {
+/// Whether everything is there that the old files read through, as it was: a later operation may have deleted it, or
+/// have merged in place into it, which nobody read any more.
+fn stands(site: &Site<'_>, commit: &Commit, grown: &[Publication]) -> std::result::Result<(), Conflict> {
     let names = NameMap::new(site.stores.iter().map(|(_, store)| store.names()).collect());
     let restored = commit.restores.iter().map(|one| site.key(&one.at)).collect::<Result<Vec<Key>>>()?;
     let exists = |store: usize, path: &StorePath| {
@@ -162,7 +170,7 @@ fn stands(site: &Site<'_>, commit: &Commit) -> std::result::Result<(), Conflict>
             Target::Missing => true,
             Target::Member { store, path, .. } => {
                 let below = Key { store, path };
-                !restored.contains(&below) && is_stub(site, &below)?
+                !restored.contains(&below) && (is_stub(site, &below)? || is_grown(site, &below, grown)?)
             }
             Target::Ambiguous(_) | Target::Outside(_) => false,
         };
@@ -186,6 +194,33 @@ fn is_stub(site: &Site<'_>, key: &Key) -> std::result::Result<bool, Conflict> {
     let image = Image::open(file, &at.name)
         .map_err(|error| Conflict::With(format!("{} cannot be read: {error}", at.name)))?;
     Ok(image.header().stub.is_some() && image.header().stub.as_ref() == own)
+}
+
+/// Whether a member that is merged in place shows its successor by now, or a mixture, for as long as it keeps its name.
+fn is_grown(site: &Site<'_>, key: &Key, grown: &[Publication]) -> std::result::Result<bool, Conflict> {
+    let place = site.place(key)?;
+    for publication in grown {
+        let Some(plan) = &publication.in_place else { continue };
+        let [lowest, .., _survivor] = plan.members.as_slice() else { continue };
+        if place == publication.at || !plan.members.contains(&place) {
+            continue;
+        }
+        let at = site.at(lowest)?;
+        let untouched = match at.backend.open(&lowest.path) {
+            // Taken back, or not begun.
+            Ok(file) => {
+                let inode = file.stat().map_err(at.failed("look at"))?.id.inode;
+                let state = switch_state(&plan.switch, file.as_ref());
+                inode == publication.new.inode && matches!(state, Ok(Switched::Not))
+            }
+            Err(BackendError::NotFound { .. }) => false,
+            Err(source) => return Err(at.failed("open")(source).into()),
+        };
+        if !untouched {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A deleted member whose stub has its name, and the stub as it is now.

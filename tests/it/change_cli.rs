@@ -259,6 +259,19 @@ fn a_deleted_member_keeps_its_name_for_the_grace() {
 }
 
 #[test]
+fn what_reads_through_a_member_that_was_merged_in_place_since_does_not_come_back() {
+    let world = World::changeable();
+    fs::remove_file(world.member("d")).unwrap();
+    let truth = world.digests(&["c"]);
+    let operation = world.deletes("b", &["--grace", "0s", "--retention", "1h"]);
+    world.deletes("a", &["--mode", "in-place", "--grace", "1h"]);
+    assert!(world.member("a").exists());
+    assert_eq!(world.fails(&["undo", &operation, "--yes"]), (3, "not-undoable".to_owned()));
+    assert!(!world.member("b").exists());
+    assert_eq!(world.digests(&["c"]), truth);
+}
+
+#[test]
 fn a_deleted_member_that_got_a_reader_stays() {
     let world = World::changeable();
     world.deletes("b", &["--grace", "1s"]);
@@ -485,7 +498,7 @@ fn one_beginning_of_two_ids_is_ambiguous() {
     // Two of seventeen begin with the same digit.
     let ids: Vec<String> = (0..17)
         .map(|_| {
-            let id = world.deletes("b", &["--retention", "1h"]);
+            let id = world.deletes("b", &["--grace", "0s", "--retention", "1h"]);
             world.does(&["undo", &id, "--yes"])["operation"].as_str().unwrap().to_owned()
         })
         .collect();
