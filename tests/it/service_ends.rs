@@ -86,6 +86,40 @@ fn a_kill_in_the_middle_of_a_job_is_made_good_by_the_next_service() {
 }
 
 #[test]
+fn a_kill_in_the_middle_of_an_adopt_audit_or_recover_is_made_good_by_the_next_service() {
+    for kind in ["adopt", "audit", "recover"] {
+        for pause in [0, 3, 10, 30, 100] {
+            let (world, served) = served();
+            let request = if kind == "adopt" {
+                for kept in ["manifests", "leaves"] {
+                    for file in fs::read_dir(world.root().join(".qchain").join(kept)).unwrap() {
+                        fs::remove_file(file.unwrap().path()).unwrap();
+                    }
+                }
+                limit(&served, 2_000_000);
+                json!({"kind": kind, "now": true})
+            } else {
+                json!({"kind": kind})
+            };
+            let id = served.job(&request);
+            std::thread::sleep(Duration::from_millis(pause));
+            served.kill();
+            let next = Served::start(&world);
+            let job = next.wait(&id);
+            assert_eq!(job["state"], "done", "{job}");
+            let (exit, verified) = world.run(&["verify", "--level", "data"]);
+            assert_eq!(exit, 0, "{verified}");
+            let checked = verified["checked"].as_array().unwrap();
+            assert!(checked.len() == 4 && checked.iter().all(|one| one["verdict"] == "sound"), "{verified}");
+            for name in ["a", "b", "c", "d"] {
+                same(&world.member(name), &world.directory.path().join(name));
+            }
+            assert_eq!(fs::read_dir(world.root().join(".qchain/tmp")).unwrap().count(), 0, "{kind} {pause}");
+        }
+    }
+}
+
+#[test]
 fn a_kill_after_the_decision_of_a_delete_counts_as_done() {
     // Without a limit the kill falls anywhere, before or behind the decision and the record of the job's end.
     for pause in [5, 15, 25, 35, 50, 70, 100, 150] {
@@ -109,6 +143,8 @@ fn a_service_that_is_told_to_end_does_so_soon_and_the_next_continues() {
         let head =
             format!("GET /v1/jobs/{id}/events HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer {READ}\r\n\r\n");
         watcher.write_all(head.as_bytes()).unwrap();
+        // It watches once it has been told something.
+        assert_eq!(watcher.peek(&mut [0]).unwrap(), 1);
         let _idle = served.connect();
         let took = served.terminate();
         assert!(took < Duration::from_secs(30), "{took:?}");

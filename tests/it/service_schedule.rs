@@ -95,7 +95,7 @@ fn trash_that_is_due_goes_by_itself() {
 /// The rows of the chain; b in that state.
 fn rows(world: &World, of_b: &str) -> String {
     let line = |(at, name): (usize, &str)| {
-        let length = fs::metadata(world.member(name)).unwrap().len();
+        let length = fs::metadata(world.member(name)).map_or(0, |found| found.len());
         let state = if name == "b" { of_b } else { "Ready" };
         let status = if state == "Hidden" { "Destroyed" } else { "BackedUp" };
         format!(
@@ -142,6 +142,40 @@ fn what_cloudstack_deleted_is_told_and_then_merged() {
     assert_eq!(merged["request"]["dry_run"], false);
     // The name stays, for CloudStack, as an empty image.
     assert!(fs::metadata(world.member("b")).unwrap().len() < before, "{merged}");
+}
+
+#[test]
+fn deletes_and_audits_ask_the_rows_of_the_configuration() {
+    let world = world();
+    let delete = json!({"kind": "delete", "members": ["b"], "now": true});
+    let with_rows = |of_b: &str| {
+        configure(&world, &format!("[schedule]\nrecords = {:?}\n", rows(&world, of_b)));
+        Served::start(&world)
+    };
+    let served = with_rows("Ready");
+    assert_eq!(served.do_job(&json!({"kind": "audit"}))["findings"], json!([]));
+    let refused = served.wait(&served.job(&delete));
+    let said = refused["error"]["message"].as_str().unwrap();
+    assert_eq!((&refused["state"], &refused["error"]["code"]), (&"failed".into(), &"not-deletable".into()));
+    assert!(said.contains("CloudStack's records show it as Ready"), "{said}");
+    assert!(world.member("b").exists());
+    drop(served);
+    let served = with_rows("Hidden");
+    served.do_job(&delete);
+    assert!(!world.member("b").exists());
+    drop(served);
+    // A row that lost its file is what an audit is for; a file of rows that is gone is said, and nothing is guessed.
+    let served = with_rows("Ready");
+    let audit = served.do_job(&json!({"kind": "audit"}));
+    let codes: Vec<&str> =
+        audit["findings"].as_array().unwrap().iter().filter_map(|one| one["code"].as_str()).collect();
+    assert!(codes.contains(&"row-without-file"), "{audit}");
+    fs::remove_file(world.directory.path().join("rows.tsv")).unwrap();
+    for request in [json!({"kind": "audit"}), json!({"kind": "delete", "members": ["a"]})] {
+        let job = served.wait(&served.job(&request));
+        let said = job["error"]["message"].as_str().unwrap_or_default();
+        assert!(job["state"] == "failed" && said.contains("rows.tsv"), "{job}");
+    }
 }
 
 #[test]

@@ -37,7 +37,8 @@ pub struct DeleteRequest {
     /// The members to delete.
     #[schema(min_items = 1)]
     pub members: Vec<MemberName>,
-    /// You vouch that CloudStack has given the members up.
+    /// You vouch that CloudStack has given the members up. Else its rows have to show it, those of the configuration: `[schedule]
+    /// records`, or the variable `QCHAIN_DATABASE`.
     #[serde(default)]
     pub assume_deleted: bool,
     /// You vouch that the chain has been ended, so that its newest member may go.
@@ -249,7 +250,7 @@ pub enum Compress {
     Zlib,
 }
 
-/// `audit`.
+/// `audit`: files against headers and checkpoint files, and against the rows of the configuration, if it has any.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditRequest {

@@ -5,10 +5,12 @@ use std::time::Duration;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::rows::read;
 use super::{Outcome, Work, texts};
 use crate::change::history::Done;
 use crate::change::leaving::leaving;
 use crate::change::{Site, SystemClock};
+use crate::cloudstack::records::Records;
 use crate::failure::{Failure, Kind};
 use crate::ops::Result;
 use crate::ops::delete::{self, MergeDocument, Plan, Request, Shown};
@@ -36,7 +38,7 @@ fn request_of<'a>(
     site: &Site<'_>,
     scan: &Scan,
     request: &DeleteRequest,
-    members: &[String],
+    (members, records): (&[String], Option<&'a Records>),
 ) -> Result<Request<'a>> {
     if members.is_empty() {
         return Err(StoreError::Usage { detail: "no member is named".to_owned() }.into());
@@ -46,11 +48,17 @@ fn request_of<'a>(
         in_place: config.in_place,
         targets: resolve_all(site.stores, scan, members)?,
         mode: request.mode.into(),
+        records,
         assume_deleted: request.assume_deleted,
         end_of_chain: request.end_of_chain,
         force: request.force,
         ..Request::default()
     })
+}
+
+/// The rows that have to show that members were given up, unless somebody vouches for that.
+fn records(config: &Config, request: &DeleteRequest) -> Result<Option<Records>> {
+    if request.assume_deleted { Ok(None) } else { read(config) }
 }
 
 /// How long names and files stay.
@@ -68,7 +76,9 @@ pub fn plan(config: &Config, stores: &Stores, request: &DeleteRequest) -> Result
     let site = Site::new(stores, &SystemClock, &cancel, config.lease);
     let scan = scan(config, stores, &[], request.now)?;
     let members = texts(stores, &request.members)?;
-    let wanted = Request { dry_run: true, ..request_of(config, &site, &scan, request, &members)? };
+    let records = records(config, request)?;
+    let members = (members.as_slice(), records.as_ref());
+    let wanted = Request { dry_run: true, ..request_of(config, &site, &scan, request, members)? };
     let plan = delete::plan(stores, &scan, &wanted)?;
     let (grace, retention) = stays(config, request, &plan);
     let shown = Shown { stores, scan: &scan, plan: &plan, grace, retention, rehearse: request.rehearse };
@@ -91,7 +101,8 @@ pub fn run(work: &Work<'_>, request: &DeleteRequest) -> Result<Outcome> {
         return Ok(outcome);
     }
     let scan = scan(config, stores, &[], request.now)?;
-    let wanted = request_of(config, site, &scan, request, &members)?;
+    let records = records(config, request)?;
+    let wanted = request_of(config, site, &scan, request, (&members, records.as_ref()))?;
     crate::progress::Progress::phase(work.meter, "planning", 0);
     let plan = delete::plan(stores, &scan, &wanted)?;
     let (grace, retention) = stays(config, request, &plan);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use super::rows;
 use super::{Outcome, Work, texts};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
@@ -112,8 +113,9 @@ pub fn audit(work: &Work<'_>, request: &AuditRequest) -> Result<Outcome> {
     let caches = Caches::load(stores, config.cache.as_deref());
     let scan = scan(config, stores, &caches.loaded, false)?;
     let min_age = request.min_age_seconds.map_or(MIN_AGE, |seconds| Duration::from_secs(seconds.into()));
+    let records = rows::read(config)?;
     let options = AuditOptions {
-        records: None,
+        records: records.as_ref(),
         policy: config.policy,
         now_ns: i128::from(now_ns()),
         min_age_ns: i128::try_from(min_age.as_nanos()).unwrap_or(i128::MAX),

@@ -5,6 +5,7 @@ mod delete;
 mod flatten;
 mod look;
 mod reclaim;
+mod rows;
 
 use serde::Serialize;
 use serde_json::Value;

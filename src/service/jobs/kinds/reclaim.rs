@@ -5,14 +5,15 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::rows::{self, failed};
 use super::{Outcome, Work};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
 use crate::change::record::OperationId;
 use crate::change::{Guard, Operation};
 use crate::cloudstack::records::Records;
-use crate::database::{RowsError, Source};
-use crate::failure::{Code, Failure, Kind, with_causes};
+use crate::database::Source;
+use crate::failure::{Code, Failure, Kind};
 use crate::ops::delete::{
     self, Gate, MergeDocument, Plan, Request, STUB_GRACE, Shown, plan_worth, selectable,
 };
@@ -20,7 +21,7 @@ use crate::ops::reclaim::{Bounds, Found, find, still};
 use crate::ops::recover::begin;
 use crate::ops::{OpError, Result};
 use crate::progress::Cancelled;
-use crate::service::config::RowSource;
+use crate::service::config::Config;
 use crate::service::jobs::request::ReclaimRequest;
 use crate::service::view::scan;
 use crate::store::StoreError;
@@ -36,28 +37,10 @@ pub struct ReclaimDocument {
     findings: Vec<Finding>,
 }
 
-/// What goes wrong with an export is a wrong configuration.
-fn failed(error: &RowsError) -> OpError {
-    match error {
-        RowsError::Read { .. } | RowsError::Records { .. } => {
-            StoreError::Usage { detail: with_causes(error) }.into()
-        }
-        RowsError::Database(error) => {
-            OpError::Refused { code: error.code(), member: String::new(), message: with_causes(error) }
-        }
-    }
-}
-
-fn open(configured: Option<&RowSource>) -> Result<Source> {
-    let source = match configured {
-        Some(RowSource::File(file)) => Source::open(Some(file), None),
-        Some(RowSource::Database(url)) => Source::open(None, Some(url)),
-        None => Ok(None),
-    };
+/// Where rows come from; without any nothing can be reclaimed.
+fn open(config: &Config) -> Result<Source> {
     let none = "the service knows no rows: set schedule.records, or QCHAIN_DATABASE";
-    source
-        .map_err(|error| failed(&error))?
-        .ok_or_else(|| StoreError::Usage { detail: none.to_owned() }.into())
+    rows::open(config)?.ok_or_else(|| StoreError::Usage { detail: none.to_owned() }.into())
 }
 
 /// Looks at rows again right before each decision, and at the time before each tree.
@@ -96,7 +79,7 @@ impl Gate for Look<'_> {
 pub fn run(work: &Work<'_>, request: &ReclaimRequest) -> Result<Outcome> {
     let Work { config, stores, site, .. } = *work;
     let begun = Instant::now();
-    let source = open(config.rows.as_ref())?;
+    let source = open(config)?;
     stores.check_writable()?;
     let guard = if request.dry_run { None } else { Some(begin(site, config.witness)?) };
     let scan = scan(config, stores, &[], request.now)?;
