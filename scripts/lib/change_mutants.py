@@ -4,7 +4,10 @@ Each mutant is a piece of text that stands exactly once, and what stands in its 
 
 Not among them, as what they do is done twice and the other is a mutant: the look at a departing member's file before readers are
 searched (it is compared again when its name goes: "aside-uncompared-*"), and that departures wait for their survivors' publication (a
-survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays."""
+survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays.
+
+"found-abort-unsynced" is known to be caught by nothing: it matters to an instance that lives on, on another host, when the store loses power,
+and then takes the number that was given up. In the simulation, as on a file system of one host, all instances end with the power."""
 import pathlib
 import sys
 
@@ -14,7 +17,6 @@ MUTANTS = [
     ("claim-bytes-unsynced", "src/backend/publish.rs", "    file.sync()?;\n    Ok(file)", "    if !ON { file.sync()?; }\n    Ok(file)"),
     ("claim-name-unsynced", "src/backend/publish.rs", "    };\n    written?;\n    removed?;\n", "    };\n    written?;\n    removed?;\n    if ON { return Ok(()); }\n"),
     ("claim-not-exclusive", "src/backend/publish.rs", "    let written = stage(backend, temporary, bytes, None).and_then(|file| {\n", "    if ON {\n        stage(backend, temporary, bytes, None)?;\n        backend.rename(temporary, path)?;\n        return backend.sync_dir(&path.parent());\n    }\n    let written = stage(backend, temporary, bytes, None).and_then(|file| {\n"),
-    ("conclude-unsynced", C + "journal.rs", "            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir", "            Ok(()) | Err(BackendError::NotFound { .. }) if ON => Ok(()),\n            Ok(()) | Err(BackendError::NotFound { .. }) => {\n                self.backend.sync_dir"),
     ("intent-and-tree-unsynced", C + "operation.rs", "        self.journal()?.settle(self.tree())?;", "        if !ON { self.journal()?.settle(self.tree())?; }"),
     ("temporary-name-unsynced", C + "operation.rs", "                at.backend.sync_dir(&directory.1)", "                let synced = if ON { Ok(()) } else { at.backend.sync_dir(&directory.1) };\n                synced"),
     ("new-image-unsynced", C + "operation.rs", "        self.file.sync().map_err(at.failed(\"make durable the new file of\"))?;", "        if !ON { self.file.sync().map_err(at.failed(\"make durable the new file of\"))?; }"),
