@@ -112,15 +112,9 @@ pub fn complete(
 /// Leaves a merge alone whose survivor somebody else removed or replaced before it was made: the deleted member keeps
 /// its old image. `false`: it is the survivor's by now, or is gone.
 pub fn is_left(site: &Site<'_>, publication: &Publication) -> Result<bool> {
-    let Some(plan) = &publication.in_place else { return Ok(false) };
-    let Some(lowest) = plan.members.first() else { return Ok(false) };
-    let at = site.at(lowest)?;
-    match stat(&at, &lowest.path)? {
-        Some(found) if publication.new.inode == found.id.inode => {}
-        _ => return Ok(false),
-    }
+    let Some((at, plan)) = lowest(site, publication)? else { return Ok(false) };
     let _alone = lock(&at, publication)?;
-    let file = at.backend.open_writable(&lowest.path).map_err(at.failed("open"))?;
+    let file = at.backend.open_writable(&at.key.path).map_err(at.failed("open"))?;
     let state = switch_state(&plan.switch, file.as_ref())
         .map_err(|source| StoreError::Image { member: at.name.clone(), source })?;
     if matches!(state, Switched::Done | Switched::Torn) {
@@ -146,14 +140,8 @@ fn lock(at: &At<'_>, publication: &Publication) -> Result<Box<dyn Send + Sync>> 
 /// the survivor's: a `rebase -u` of the one onto the other would make it stand on itself. A writer that is in
 /// already stays; where there are no locks there is nothing to take.
 pub fn keep_writers_out(site: &Site<'_>, decided: &Decided<'_>, publication: &Publication) -> Result<()> {
-    let Some(lowest) = publication.in_place.as_ref().and_then(|plan| plan.members.first()) else {
-        return Ok(());
-    };
-    let at = site.at(lowest)?;
-    if !stat(&at, &lowest.path)?.is_some_and(|found| publication.is_new(&found)) {
-        return Ok(());
-    }
-    let file = match at.backend.open(&lowest.path) {
+    let Some((at, _)) = lowest(site, publication)? else { return Ok(()) };
+    let file = match at.backend.open(&at.key.path) {
         Ok(file) => file,
         Err(BackendError::NotFound { .. }) => return Ok(()),
         Err(source) => return Err(at.failed("open")(source)),
@@ -400,9 +388,9 @@ pub fn was_taken_over(stores: &Stores, member: &Key, inode: u64) -> crate::store
 pub fn take_over(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
     for publication in decided.commit().publications.iter().filter(|one| one.in_place.is_some()) {
         let at = site.at(&publication.at)?;
-        // Made already, as far as its bytes go.
+        // Made already, as far as its bytes go; or over, and the survivor has a still newer file.
         let made = stat(&at, &publication.at.path)?.is_some_and(|now| publication.is_new(&now));
-        if made || stat(&at, &publication.from)?.is_some() {
+        if made || stat(&at, &publication.from)?.is_some() || lowest(site, publication)?.is_none() {
             continue;
         }
         match at.backend.create(&marker(publication.new.inode)) {
@@ -411,6 +399,15 @@ pub fn take_over(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The deleted member whose name the file that is merged into still has.
+fn lowest<'a>(site: &'a Site<'_>, publication: &'a Publication) -> Result<Option<(At<'a>, &'a InPlace)>> {
+    let Some(plan) = &publication.in_place else { return Ok(None) };
+    let Some(lowest) = plan.members.first() else { return Ok(None) };
+    let at = site.at(lowest)?;
+    let found = stat(&at, &lowest.path)?;
+    Ok(found.is_some_and(|found| publication.is_new(&found)).then_some((at, plan)))
 }
 
 fn marker(inode: u64) -> StorePath {
