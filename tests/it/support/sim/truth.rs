@@ -297,6 +297,9 @@ impl Truth {
             None => Ok(()),
             Some(Foreign::Removed) => match found {
                 None => Ok(()),
+                // What was merged in place is kept nowhere, so nobody can tell who removed its name; who came to read
+                // through it has it again.
+                Some(_) if self.is_merged_and_read(store, name) => Ok(()),
                 Some(_) => Err(format!("{name} was removed by others and is back")),
             },
             Some(Foreign::File { inode, backing }) => {
@@ -309,6 +312,17 @@ impl Truth {
                 }
             }
         }
+    }
+
+    /// Whether a member that was asked away in place has a child that others made meanwhile.
+    fn is_merged_and_read(&mut self, store: &MemoryStore, name: &str) -> bool {
+        let late = |(_, member): &(&String, &Member)| member.late;
+        let children = self.members.iter().filter(late).map(|(child, _)| self.layout.member(child));
+        let children: Vec<StorePath> = children.collect();
+        let mut stands_on_it = |child: &StorePath| {
+            self.layers.layer(store, child).is_ok_and(|(_, layer)| layer.backing.as_deref() == Some(name))
+        };
+        self.members.get(name).is_some_and(|member| member.in_place) && children.iter().any(&mut stands_on_it)
     }
 
     /// Members whose view or checkpoint reads through a name now, itself included. One whose name is gone for an
