@@ -401,8 +401,8 @@ pub fn take_over(site: &Site<'_>, decided: &Decided<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The deleted member whose name the file that is merged into still has.
-fn lowest<'a>(site: &'a Site<'_>, publication: &'a Publication) -> Result<Option<(At<'a>, &'a InPlace)>> {
+/// The deleted member that is merged into, if its name is still its file's.
+pub fn lowest<'a>(site: &'a Site<'_>, publication: &'a Publication) -> Result<Option<(At<'a>, &'a InPlace)>> {
     let Some(plan) = &publication.in_place else { return Ok(None) };
     let Some(lowest) = plan.members.first() else { return Ok(None) };
     let at = site.at(lowest)?;

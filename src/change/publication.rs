@@ -238,9 +238,7 @@ fn rename_over(one: &Pending<'_>) -> Result<Published> {
 /// Whether the old file, which its other name keeps, is not what was recorded any more, and can have its name back:
 /// after a merge in place only while the member has its name through which it reads.
 fn was_written_into(site: &Site<'_>, publication: &Publication, at: &At<'_>) -> Result<bool> {
-    if let Some(lowest) = publication.in_place.as_ref().and_then(|plan| plan.members.first())
-        && !stat(&site.at(lowest)?, &lowest.path)?.is_some_and(|found| publication.is_new(&found))
-    {
+    if publication.in_place.is_some() && in_place::lowest(site, publication)?.is_none() {
         return Ok(false);
     }
     let kept = stat(at, &publication.kept)?;

@@ -4,6 +4,7 @@ use crate::backend::BackendError;
 use crate::chain::graph::Key;
 use crate::change::decided::Decided;
 use crate::change::error::{ChangeError, Result};
+use crate::change::in_place::lowest;
 use crate::change::journal::{Found, Journal};
 use crate::change::operation::Operation;
 use crate::change::places::IntentName;
@@ -200,21 +201,17 @@ fn is_stub(site: &Site<'_>, key: &Key) -> std::result::Result<bool, Conflict> {
 fn is_grown(site: &Site<'_>, key: &Key, grown: &[Publication]) -> std::result::Result<bool, Conflict> {
     let place = site.place(key)?;
     for publication in grown {
-        let Some(plan) = &publication.in_place else { continue };
-        let [lowest, .., _survivor] = plan.members.as_slice() else { continue };
-        if place == publication.at || !plan.members.contains(&place) {
+        let merges = publication.in_place.as_ref().is_some_and(|plan| plan.members.contains(&place));
+        if place == publication.at || !merges {
             continue;
         }
-        let at = site.at(lowest)?;
-        let untouched = match at.backend.open(&lowest.path) {
-            // Taken back, or not begun.
-            Ok(file) => {
-                let inode = file.stat().map_err(at.failed("look at"))?.id.inode;
-                let state = switch_state(&plan.switch, file.as_ref());
-                inode == publication.new.inode && matches!(state, Ok(Switched::Not))
+        // Taken back, or not begun.
+        let untouched = match lowest(site, publication)? {
+            Some((at, plan)) => {
+                let file = at.backend.open(&at.key.path).map_err(at.failed("open"))?;
+                matches!(switch_state(&plan.switch, file.as_ref()), Ok(Switched::Not))
             }
-            Err(BackendError::NotFound { .. }) => false,
-            Err(source) => return Err(at.failed("open")(source).into()),
+            None => false,
         };
         if !untouched {
             return Ok(true);
