@@ -138,6 +138,40 @@ pub fn mutations(trace: &[Call]) -> Vec<String> {
     trace.iter().filter(|call| call.mutation.is_some()).map(text).collect()
 }
 
+/// Whether calls are the first ones of others. Data is written and cloned side by side, so between other calls those come
+/// in any order.
+pub fn begins(calls: &[String], first: &[String]) -> bool {
+    let is_data = |call: &String| call.starts_with("write_at ") || call.starts_with("clone_runs ");
+    let mut left: Vec<&String> = Vec::new();
+    let mut all = calls.iter();
+    first.iter().all(|call| {
+        if left.is_empty() {
+            let rest = all.as_slice();
+            let data = rest.iter().take_while(|call| is_data(call)).count().max(1).min(rest.len());
+            left = all.by_ref().take(data).collect();
+        }
+        let found = left.iter().position(|other| *other == call);
+        found.map(|at| left.swap_remove(at)).is_some()
+    })
+}
+
+#[test]
+fn only_data_comes_in_any_order() {
+    let calls = |text: &str| text.split(", ").map(str::to_owned).collect::<Vec<_>>();
+    let clean = calls("create a, write_at a, clone_runs b a, write_at c, sync a, rename a c");
+    for (first, expected) in [
+        ("create a, write_at a, clone_runs b a", true),
+        ("create a, write_at c, clone_runs b a, write_at a, sync a, rename a c", true),
+        ("create a, clone_runs b a", true),
+        ("create a, write_at a, write_at a", false),
+        ("create a, write_at a, sync a", false),
+        ("write_at a, create a", false),
+        ("create a, write_at a, clone_runs b a, write_at c, sync a, rename a c, sync c", false),
+    ] {
+        assert_eq!(begins(&clean, &calls(first)), expected, "{first}");
+    }
+}
+
 /// A path without what is random in it: ids, inode numbers.
 fn plain(path: &str) -> String {
     let mut plain = String::new();
