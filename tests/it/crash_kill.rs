@@ -90,6 +90,9 @@ impl Room {
             nfs::clear(url);
         }
         chain.put(&self.root);
+        // Members are long on the disk when they are deleted. What is not yet would go there together with what a merge
+        // adds to it, on btrfs as one extent, which is kept whole as long as a part of it is used.
+        rustix::fs::syncfs(File::open(&self.root).unwrap()).unwrap();
     }
 
     fn row(&self, verb: &str, chain: &Chain, mode: ModeChoice) -> Row {
