@@ -178,6 +178,25 @@ fn a_job_is_continued_by_the_next_service() {
 }
 
 #[test]
+fn a_job_that_is_killed_at_any_time_is_brought_to_its_end() {
+    // Small, so that the kills fall on all of it: also on the proof, and between the names.
+    let east = giving(World::forked(), &["a", "b", "c", "d"]);
+    let giver = serve(&east, "");
+    for pause in [0, 10, 20, 30, 40, 60, 80, 100, 150, 200] {
+        let west = taking();
+        know(&west, &format!("http://{}", giver.address), PEER, "");
+        let taker = Served::start(&west);
+        let job = taker.job(&json!({"kind": "copy", "from": "east", "members": [path("c"), path("d")]}));
+        std::thread::sleep(Duration::from_millis(pause));
+        taker.kill();
+        let taker = Served::start(&west);
+        let done = taker.wait(&job);
+        assert_eq!(done["state"], "done", "{pause}: {done}");
+        same_as(&west, &east, &["a", "b", "c", "d"]);
+    }
+}
+
+#[test]
 fn a_killed_copy_goes_on_where_it_was() {
     let east = random(64);
     let mut served = Some(serve(&east, ""));

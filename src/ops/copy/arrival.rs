@@ -4,6 +4,7 @@
 //! the next try finds each block where this one would put it, and keeps those that hash to their leaves; another layout
 //! (of another parent, say) has another name. The header is written last: until then the file is no image.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -57,7 +58,7 @@ impl<'a> Arrival<'a> {
         let store = to.site.stores.get(to.store)?;
         let backend = store.backend();
         let error = |source| StoreError::backend(store, source);
-        let lock = own(&["locks", &format!("copy-{}", stem(&target))]);
+        let lock = own(&["locks", &lock_name(&target)]);
         let lease = Lease::take_file(to.site, to.store, &lock)?;
         let yard = Yard::of(backend.as_ref(), &beside(backend.as_ref(), &target)).map_err(error)?;
         let directory = yard.temporaries();
@@ -237,6 +238,24 @@ impl<'a> Arrival<'a> {
             done => done.map_err(|source| self.error(source)),
         }
     }
+}
+
+/// Removes what lies about still of members that have their names: of a try that ended between the two. Best effort.
+pub fn tidy<'t>(to: &Destination<'_>, named: impl Iterator<Item = (&'t StorePath, Digest)>) {
+    let Ok(store) = to.site.stores.get(to.store) else { return };
+    // The lock goes last.
+    let entries = store.backend().read_dir(&own(&["locks"])).unwrap_or_default();
+    let locks: BTreeSet<String> = entries.into_iter().filter_map(|entry| entry.name.ok()).collect();
+    for (target, view) in named.filter(|(target, _)| locks.contains(&lock_name(target))) {
+        if let Ok(arrival) = Arrival::begin(to, target.clone(), view) {
+            arrival.clear("");
+        }
+    }
+}
+
+/// The lock of who brings a member.
+fn lock_name(target: &StorePath) -> String {
+    format!("copy-{}", stem(target))
 }
 
 /// A name in the lowest directory on the way to a member that is there.

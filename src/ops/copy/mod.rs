@@ -192,6 +192,11 @@ impl Run<'_> {
         let standing = line.iter().zip(&targets).map(|(one, path)| self.standing(one, path, &ground));
         let standing: Vec<Standing> = standing.collect::<Result<_>>()?;
         let first = first_needed(&standing, &targets, self.request.flatten)?;
+        if !self.request.dry_run {
+            let here = line.iter().zip(&targets).zip(&standing);
+            let here = here.filter(|(_, standing)| matches!(standing, Standing::Equal));
+            arrival::tidy(self.to, here.map(|((one, target), _)| (target, one.view_digest)));
+        }
         if let (Some(one), Some(target)) = (line.last(), targets.last())
             && first == line.len()
         {
