@@ -2,19 +2,25 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::support::chains::write_truth;
 use super::support::qemu::text;
-use super::support::service::{LONG, Served, URL, configure};
+use super::support::service::{ADMIN, LONG, Served, URL, configure, same};
 use super::support::world::{COLUMNS, World};
 
 /// a <- b <- c, opted in and adopted.
 fn world() -> World {
+    world_of("128k")
+}
+
+/// The same, with so much in b.
+fn world_of(size: &str) -> World {
     let world = World::new();
     world.make("a", "", &["write -P 1 0 3M"]);
-    world.make("b", "a", &["write -P 2 1M 128k"]);
+    world.make("b", "a", &[&format!("write -P 2 1M {size}")]);
     world.make("c", "b", &["write -P 3 5M 128k"]);
     assert_eq!(world.run(&["init"]).0, 0);
     assert_eq!(world.run(&["adopt", "--now"]).0, 0);
@@ -35,7 +41,7 @@ fn done(served: &Served, kind: &str, count: usize) -> Vec<Value> {
             return jobs;
         }
         assert!(begun.elapsed() < LONG, "{jobs:?}");
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -87,7 +93,7 @@ fn trash_that_is_due_goes_by_itself() {
             break;
         }
         assert!(begun.elapsed() < LONG, "{text}");
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
     }
     assert!(fs::read_dir(world.root().join(".qchain/trash")).unwrap().next().is_none());
 }
@@ -142,6 +148,40 @@ fn what_cloudstack_deleted_is_told_and_then_merged() {
     assert_eq!(merged["request"]["dry_run"], false);
     // The name stays, for CloudStack, as an empty image.
     assert!(fs::metadata(world.member("b")).unwrap().len() < before, "{merged}");
+}
+
+#[test]
+fn a_kill_in_the_middle_of_a_reclaim_is_made_good_by_the_next_service() {
+    for (rate, pause) in
+        [(0, 0), (0, 5), (0, 15), (0, 30), (0, 60), (0, 120), (2_000_000, 200), (200_000, 300)]
+    {
+        let world = world_of("6M");
+        let truth = |name: &str| world.directory.path().join(name);
+        for name in ["a", "c"] {
+            write_truth(&world.member(name), &truth(name));
+        }
+        let before = fs::metadata(world.member("b")).unwrap().len();
+        configure(&world, &format!("[schedule]\nrecords = {:?}\n", rows(&world, "Hidden")));
+        let served = Served::start(&world);
+        served.send("PUT", "/v1/limits", ADMIN, Some(&json!({"rate_bytes_per_second": rate}))).is(200);
+        let id = served.job(&json!({"kind": "reclaim", "now": true}));
+        std::thread::sleep(Duration::from_millis(pause));
+        served.kill();
+        for name in ["a", "c"] {
+            same(&world.member(name), &truth(name));
+        }
+        let next = Served::start(&world);
+        let job = next.wait(&id);
+        assert_eq!(job["state"], "done", "{job}");
+        // The name stays, for CloudStack, as an empty image.
+        assert!(fs::metadata(world.member("b")).unwrap().len() < before, "{rate} {pause}: {job}");
+        for name in ["a", "c"] {
+            same(&world.member(name), &truth(name));
+        }
+        let (exit, verified) = world.run(&["verify", "--level", "data"]);
+        assert_eq!(exit, 0, "{verified}");
+        assert_eq!(fs::read_dir(world.root().join(".qchain/tmp")).unwrap().count(), 0, "{rate} {pause}");
+    }
 }
 
 #[test]
