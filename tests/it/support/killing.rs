@@ -141,7 +141,8 @@ pub fn mutations(trace: &[Call]) -> Vec<String> {
 /// Whether calls are the first ones of others. Data is written and cloned side by side, so between other calls those come
 /// in any order.
 pub fn begins(calls: &[String], first: &[String]) -> bool {
-    let is_data = |call: &String| call.starts_with("write_at ") || call.starts_with("clone_runs ");
+    let is_data =
+        |call: &String| ["write_at ", "clone_runs ", "move_runs "].iter().any(|data| call.starts_with(data));
     let mut left: Vec<&String> = Vec::new();
     let mut all = calls.iter();
     first.iter().all(|call| {
