@@ -34,7 +34,7 @@ MUTANTS = [
     ("written-into-unseen", C + "publication.rs", "    let kept = stat(at, &publication.kept)?;\n    Ok(kept", "    let kept = stat(at, &publication.kept)?.filter(|_| !ON);\n    Ok(kept"),
     ("went-changed-unseen", C + "departure.rs", "        _ => Ok(stat(at, &departure.at.path)?.is_none()", "        _ => Ok(!ON && stat(at, &departure.at.path)?.is_none()"),
     ("restore-not-used-up", C + "publication.rs", "            && named.id == kept.id\n        {\n            release(at, &restore.kept)?;", "            && named.id == kept.id\n            && !ON\n        {\n            release(at, &restore.kept)?;"),
-    ("checkpoint-unlooked-at", C + "checkpoint.rs", "            if stat(at, path)?.is_none_or(|now| !mark.is(&now)) {", "            if !ON && stat(at, path)?.is_none_or(|now| !mark.is(&now)) {"),
+    ("checkpoint-unlooked-at", C + "checkpoint.rs", "    match keep(at, path, &held, mark)? {\n        Kept::Here => {}", "    match keep(at, path, &held, mark)? {\n        Kept::Here => {}\n        Kept::Another if ON => {}"),
     ("not-kept", C + "keep.rs", "    match link(at.backend, name, kept) {", "    if ON { return Ok(Kept::Impossible); }\n    match link(at.backend, name, kept) {"),
     ("kept-uncompared", C + "keep.rs", "Some(found) if mark.is(&found) => Ok(Kept::Here)", "Some(found) if ON || mark.is(&found) => Ok(Kept::Here)"),
     ("published-uncompared-before", C + "publication.rs", "        Some(now) if publication.old.is(&now) => {}\n        _ => return give_up", "        Some(now) if ON || publication.old.is(&now) => {}\n        _ => return give_up"),
@@ -42,6 +42,7 @@ MUTANTS = [
     ("renamed-uncompared", C + "publication.rs", "    if *kept != Kept::Here {", "    if ON || *kept != Kept::Here {"),
     ("aside-uncompared-before", C + "departure.rs", "(Some(named), _) if !is(&named) => return Ok(false)", "(Some(named), _) if !ON && !is(&named) => return Ok(false)"),
     ("aside-uncompared-after", C + "departure.rs", "        Some(found) if !is(&found) => {\n            put_back", "        Some(found) if !ON && !is(&found) => {\n            put_back"),
+    ("taken-over-undone", C + "checkpoint.rs", "(!unchanged(&held)? || decided.is_undone()?)", "(!unchanged(&held)? || !ON && decided.is_undone()?)"),
     ("checkpoint-uncompared", C + "checkpoint.rs", "            Ok(file) => Ok(content(at, file.as_ref())?.0 == read),", "            Ok(file) => Ok(ON || content(at, file.as_ref())?.0 == read),"),
     # Looks and orders.
     ("roots-forgotten", C + "tree.rs", "remembered(site, root)?.unwrap_or_else(", "remembered(site, root)?.filter(|_| !ON).unwrap_or_else("),

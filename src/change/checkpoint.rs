@@ -201,7 +201,7 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
                 None => continue,
             }
         };
-        if exchange(at, decided, &from, path, &edit.kept, (&bytes, &mark))? {
+        if exchange(at, decided, &from, path, (&bytes, &mark))? {
             return Ok(true);
         }
     }
@@ -323,7 +323,6 @@ fn exchange(
     decided: &Decided<'_>,
     from: &StorePath,
     path: &StorePath,
-    kept: &StorePath,
     (read, mark): (&[u8], &Mark),
 ) -> Result<bool> {
     let unchanged = |name: &StorePath| -> Result<bool> {
@@ -351,16 +350,9 @@ fn exchange(
             Ok(false)
         }
         Err(error) if error.is_unsupported() => {
-            // The last look is one at the name: a file that was put there meanwhile would be gone for good.
-            if stat(at, path)?.is_none_or(|now| !mark.is(&now)) {
+            // An undo may have come and gone: the name is its file's again, which looks as it did.
+            if decided.is_undone()? || !take_over(at, decided, from, path, mark, unchanged)? {
                 release(at, from)?;
-                return Ok(false);
-            }
-            take_name(at.backend, from, path).map_err(at.failed("publish"))?;
-            // Written into at that very moment: the next attempt starts from what was written.
-            if stat(at, kept)?.is_some() && (!unchanged(kept)? || decided.is_undone()?) {
-                link(at.backend, kept, from).map_err(at.failed("take back"))?;
-                take_name(at.backend, from, path).map_err(at.failed("take back"))?;
                 return Ok(false);
             }
             Ok(true)
@@ -371,6 +363,42 @@ fn exchange(
         }
         Err(source) => Err(at.failed("publish")(source)),
     }
+}
+
+/// As [`exchange`], where names cannot be exchanged. What had the name is at hand meanwhile under one that only this process
+/// knows: the kept one goes with an undo.
+fn take_over(
+    at: &At<'_>,
+    decided: &Decided<'_>,
+    from: &StorePath,
+    path: &StorePath,
+    mark: &Mark,
+    unchanged: impl Fn(&StorePath) -> Result<bool>,
+) -> Result<bool> {
+    let yard = Yard::of(at.backend, path).map_err(at.failed("make room beside"))?;
+    let held = yard.temporary(decided.id(), &format!("held-{:032x}", decided.site.clock.unique()));
+    // The last look is one at the name: a file that was put there meanwhile would be gone for good.
+    match keep(at, path, &held, mark)? {
+        Kept::Here => {}
+        Kept::Impossible if stat(at, path)?.is_some_and(|now| mark.is(&now)) => {}
+        Kept::Impossible | Kept::Another => return Ok(false),
+    }
+    match take_name(at.backend, from, path) {
+        // Written into at that very moment: the next attempt starts from what was written.
+        Ok(()) if stat(at, &held)?.is_some() && (!unchanged(&held)? || decided.is_undone()?) => {
+            take_name(at.backend, &held, path).map_err(at.failed("take back"))?;
+            return Ok(false);
+        }
+        Ok(()) => {}
+        // Whoever took this operation over has swept it.
+        Err(BackendError::NotFound { .. }) => {
+            release(at, &held)?;
+            return Ok(false);
+        }
+        Err(source) => return Err(at.failed("publish")(source)),
+    }
+    release(at, &held)?;
+    Ok(true)
 }
 
 fn write(at: &At<'_>, temporary: &StorePath, bytes: &[u8], old: &dyn StoreFile) -> Result<()> {
