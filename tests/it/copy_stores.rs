@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use qchain::ids::StorePath;
+use qchain::store::manifest::stem;
 use serde_json::{Value, json};
 
 use super::support::chains::{Kind, NAMES, Numbers, Spec, build};
@@ -125,6 +127,33 @@ fn increments_bring_what_is_new_and_nothing_twice() {
     let (_, audit) = west.run(&["audit", "--records", text(&records), "--min-age", "0s"]);
     let orphans = audit["findings"].as_array().unwrap().iter().filter(|one| one["code"] == "orphan-file");
     assert_eq!(orphans.count(), 0, "{audit}");
+}
+
+#[test]
+fn what_a_killed_copy_left_beside_what_it_named_goes_with_the_next() {
+    let (east, west) = forked();
+    let (exit, report) = copy(&west, &east.root(), &[&path("a")]);
+    assert_eq!(exit, 0, "{report}");
+    let stem = stem(&StorePath::parse(&path("a")).unwrap());
+    let digest = report["copied"][0]["digest"].as_str().unwrap();
+    let own = west.root().join(".qchain");
+    let left = own.join("tmp").join(format!("copy.{stem}.{}.leaves-x", &digest[..16]));
+    // Of another view of the same name: a copy may be at it.
+    let other = own.join("tmp").join(format!("copy.{stem}.{:016x}.leaves-x", 0));
+    let lock = own.join("locks").join(format!("copy-{stem}"));
+    for file in [&left, &other, &lock] {
+        fs::write(file, "").unwrap();
+    }
+    let (exit, dry) = copy(&west, &east.root(), &["--dry-run", &path("a")]);
+    assert_eq!((exit, outcomes(&dry)), (0, owned(&[("a", "present")])), "{dry}");
+    assert!(left.exists() && lock.exists());
+    let (exit, again) = copy(&west, &east.root(), &[&path("a")]);
+    assert_eq!((exit, outcomes(&again)), (0, owned(&[("a", "present")])), "{again}");
+    assert!(!left.exists() && !lock.exists() && other.exists(), "{:?}", temporaries(&west));
+    // Without the lock nothing is looked for.
+    fs::write(&left, "").unwrap();
+    assert_eq!(copy(&west, &east.root(), &[&path("a")]).0, 0);
+    assert!(left.exists());
 }
 
 #[test]

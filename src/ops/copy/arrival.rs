@@ -240,7 +240,8 @@ impl<'a> Arrival<'a> {
     }
 }
 
-/// Removes what lies about still of members that have their names: of a try that ended between the two. Best effort.
+/// Removes what lies about still of members that have their names: of a try that ended between the two. Best effort, and
+/// shared among the hosts of one site: where another one's lease is in the way it waits until that is given back or lapses.
 pub fn tidy<'t>(to: &Destination<'_>, named: impl Iterator<Item = (&'t StorePath, Digest)>) {
     let Ok(store) = to.site.stores.get(to.store) else { return };
     // The lock goes last.
