@@ -5,7 +5,6 @@
 //! takes all of all.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +25,7 @@ use super::support::crash::{
 use super::support::killing::{Death, LONG, Order, Verb, act, begins, mutations, obey};
 use super::support::known::{self, Wanted};
 use super::support::later::Later;
-use super::support::mounts::{Bound, FsKind, LoopMount};
+use super::support::mounts::{Bound, FsKind, LoopMount, write_out};
 use super::support::nfs::{self, Ganesha};
 use super::support::store::{backend, open, open_with};
 
@@ -92,7 +91,7 @@ impl Room {
         chain.put(&self.root);
         // Members are long on the disk when they are deleted. What is not yet would go there together with what a merge
         // adds to it, on btrfs as one extent, which is kept whole as long as a part of it is used.
-        rustix::fs::syncfs(File::open(&self.root).unwrap()).unwrap();
+        write_out(&self.root);
     }
 
     fn row(&self, verb: &str, chain: &Chain, mode: ModeChoice) -> Row {
@@ -111,7 +110,7 @@ impl Room {
 
     /// The bytes free, once all is written out.
     fn free(&self) -> u64 {
-        rustix::fs::syncfs(File::open(&self.root).unwrap()).unwrap();
+        write_out(&self.root);
         let space = rustix::fs::statvfs(&self.root).unwrap();
         space.f_bfree * space.f_frsize
     }
@@ -215,7 +214,7 @@ fn kill_deletes(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table
         row.number = call_of(death);
         room.put(chain);
         let trace = order.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
-        assert!(begins(&calls, &trace), "{row:?}: not the calls of the clean run: {trace:#?}");
+        assert!(begins(&calls, &trace), "{row:?}: {trace:#?} do not begin the clean run: {calls:#?}");
         row.call = trace.last().cloned().unwrap();
         met.insert(trace.len() - 1);
         row.before = chain.wrong(&room.judge, &outside(&room.root), false);
@@ -256,7 +255,7 @@ fn kill_recoveries(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, ta
             order.dying(death).run().unwrap();
             let trace =
                 recovery.dying(second).run().unwrap_or_else(|error| panic!("{row:?}: {course:#?} {error}"));
-            assert!(begins(&course, &trace), "{row:?}: not the calls of the clean run: {trace:#?}");
+            assert!(begins(&course, &trace), "{row:?}: {trace:#?} do not begin the clean run: {course:#?}");
             row.call = trace.last().cloned().unwrap();
             row.before = chain.wrong(&room.judge, &outside(&room.root), false);
             ended(&room.recover(), &mut row);
@@ -288,7 +287,7 @@ fn kill_undos(room: &Room, chain: &Chain, mode: ModeChoice, step: usize, table: 
         room.put(chain);
         order.run().unwrap();
         let trace = undo.dying(death).run().unwrap_or_else(|error| panic!("{row:?}: {error}"));
-        assert!(begins(&calls, &trace), "{row:?}: not the calls of the clean run: {trace:#?}");
+        assert!(begins(&calls, &trace), "{row:?}: {trace:#?} do not begin the clean run: {calls:#?}");
         row.call = trace.last().cloned().unwrap();
         row.before = chain.wrong(&room.judge, &outside(&room.root), false);
         let (stores, cancel) = (room.open(), Cancel::default());

@@ -23,7 +23,7 @@ use super::support::crash::{
 };
 use super::support::killing::{LONG, Verb, act, mutations};
 use super::support::later::Later;
-use super::support::mounts::{Cut, FsKind, LoopMount};
+use super::support::mounts::{Cut, FsKind, LoopMount, write_out};
 use super::support::store::{open, open_with};
 
 /// One day, in nanoseconds.
@@ -106,7 +106,7 @@ impl Room {
         if case.deed == Deed::Undo {
             act(&open(&root), Verb::on(chain), &chain.targets, case.mode, case.deed.terms()).unwrap();
         }
-        rustix::fs::syncfs(File::open(self.mount.path()).unwrap()).unwrap();
+        write_out(&self.mount.path());
     }
 
     fn wrong(&self, chain: &Chain, leaks: bool) -> Vec<String> {
@@ -285,7 +285,7 @@ fn a_cut_loses_what_was_not_synced() {
             let place = |mount: &LoopMount, name: &str| mount.path().join(name);
             let write = |path: &Path| std::fs::write(path, vec![7; 100_000]).unwrap();
             write(&place(&mount, "synced"));
-            rustix::fs::syncfs(File::open(mount.path()).unwrap()).unwrap();
+            write_out(&mount.path());
             write(&place(&mount, "unsynced"));
             std::fs::rename(place(&mount, "synced"), place(&mount, "renamed")).unwrap();
             cut.cut(&mount.path());

@@ -138,8 +138,8 @@ pub fn mutations(trace: &[Call]) -> Vec<String> {
     trace.iter().filter(|call| call.mutation.is_some()).map(text).collect()
 }
 
-/// Whether calls are the first ones of others. Data is written and cloned side by side, so between other calls those come
-/// in any order.
+/// Whether calls are the first ones of others. Data is written, cloned and moved side by side, so between other calls those
+/// come in any order.
 pub fn begins(calls: &[String], first: &[String]) -> bool {
     let is_data =
         |call: &String| ["write_at ", "clone_runs ", "move_runs "].iter().any(|data| call.starts_with(data));
@@ -147,8 +147,7 @@ pub fn begins(calls: &[String], first: &[String]) -> bool {
     let mut all = calls.iter();
     first.iter().all(|call| {
         if left.is_empty() {
-            let rest = all.as_slice();
-            let data = rest.iter().take_while(|call| is_data(call)).count().max(1).min(rest.len());
+            let data = all.as_slice().iter().take_while(|call| is_data(call)).count().max(1);
             left = all.by_ref().take(data).collect();
         }
         let found = left.iter().position(|other| *other == call);

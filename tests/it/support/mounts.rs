@@ -53,6 +53,11 @@ impl Cut {
     }
 }
 
+/// Brings all of the file system that a directory is in to the disk.
+pub fn write_out(directory: &Path) {
+    rustix::fs::syncfs(File::open(directory).unwrap()).unwrap();
+}
+
 /// A mounted file system. Unmounted and deleted when dropped, after a failed test too.
 #[derive(Debug)]
 pub struct LoopMount {
