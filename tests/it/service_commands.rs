@@ -155,16 +155,12 @@ fn what_is_not_qchains_is_left_alone() {
 fn whoever_does_not_want_to_wait_gets_the_job() {
     let (world, served) = served();
     // Nothing moves at that rate for a while.
-    served
-        .send("PUT", "/v1/limits", super::support::service::ADMIN, Some(&json!({"rate_bytes_per_second": 1})))
-        .is(200);
+    served.limit(1);
     served.do_job(&json!({"kind": "recover"}));
     let ask = || served.post("/v1/cloudstack/ConvertSnapshotCommand?wait_seconds=0", &command("convert"));
     let first = ask().is(202);
     assert_eq!(first["kind"], "flatten");
-    served
-        .send("PUT", "/v1/limits", super::support::service::ADMIN, Some(&json!({"rate_bytes_per_second": 0})))
-        .is(200);
+    served.limit(0);
     let job = served.wait(first["id"].as_str().unwrap());
     assert_eq!(job["state"], "done", "{job}");
     same(&world.root().join(format!("{}_temp", paths(2).0)), &world.directory.path().join(NAMES[2]));

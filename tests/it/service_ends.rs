@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::support::chains::write_truth;
-use super::support::service::{ADMIN, LONG, READ, Served, configure, read, same};
+use super::support::service::{LONG, READ, Served, configure, read, same};
 use super::support::world::World;
 
 /// a <- b <- {c, d} with something in it, opted in, adopted, served; nothing is in the way of a deletion.
@@ -22,10 +22,6 @@ fn served() -> (World, Served) {
     configure(&world, "");
     let served = Served::start(&world);
     (world, served)
-}
-
-fn limit(served: &Served, rate: u64) {
-    served.send("PUT", "/v1/limits", ADMIN, Some(&json!({"rate_bytes_per_second": rate}))).is(200);
 }
 
 fn requests() -> [Value; 3] {
@@ -59,21 +55,12 @@ fn holds(world: &World, job: &Value) {
     assert!(gone || left <= 1, "a temporary may be left where a flatten was cut off, no more: {left}");
 }
 
-/// Has a job running at a rate at which it does not come to its end.
-fn running(served: &Served, request: &Value) -> String {
-    limit(served, 200_000);
-    let id = served.job(request);
-    let moves = |job: &Value| job["state"] == "running" && job["progress"]["phase"].as_str() != Some("");
-    served.wait_for(&id, |job| moves(job) || job["state"] == "done");
-    id
-}
-
 #[test]
 fn a_kill_in_the_middle_of_a_job_is_made_good_by_the_next_service() {
     for request in requests() {
         for pause in [0, 40, 300] {
             let (world, served) = served();
-            let id = running(&served, &request);
+            let id = served.running(&request);
             std::thread::sleep(Duration::from_millis(pause));
             served.kill();
             let next = Served::start(&world);
@@ -96,7 +83,7 @@ fn a_kill_in_the_middle_of_an_adopt_audit_or_recover_is_made_good_by_the_next_se
                         fs::remove_file(file.unwrap().path()).unwrap();
                     }
                 }
-                limit(&served, 2_000_000);
+                served.limit(2_000_000);
                 json!({"kind": kind, "now": true})
             } else {
                 json!({"kind": kind})
@@ -137,7 +124,7 @@ fn a_kill_after_the_decision_of_a_delete_counts_as_done() {
 fn a_service_that_is_told_to_end_does_so_soon_and_the_next_continues() {
     for request in requests() {
         let (world, served) = served();
-        let id = running(&served, &request);
+        let id = served.running(&request);
         // One that watches, and one connection that does nothing, do not hold it up.
         let mut watcher = served.connect();
         let head =
@@ -160,8 +147,8 @@ fn a_service_that_is_told_to_end_does_so_soon_and_the_next_continues() {
 fn two_services_on_one_store_do_each_job_once() {
     let (world, first) = served();
     let second = Served::start(&world);
-    limit(&first, 1 << 20);
-    limit(&second, 1 << 20);
+    first.limit(1 << 20);
+    second.limit(1 << 20);
     let ids: Vec<String> = (0..6)
         .map(|at| {
             let at_whom = if at % 2 == 0 { &first } else { &second };
@@ -176,14 +163,14 @@ fn two_services_on_one_store_do_each_job_once() {
         }
     }
     // What one is asked to stop the other stops.
-    limit(&first, 1000);
+    first.limit(1000);
     let id = first.job(&json!({"kind": "verify", "level": "data"}));
     first.wait_for(&id, |job| job["state"] == "running");
     second.post(&format!("/v1/jobs/{id}/cancel"), &json!({})).is(202);
     assert_eq!(first.wait(&id)["state"], "cancelled");
     // One that dies is stood in for by the other.
-    limit(&first, 1000);
-    limit(&second, 0);
+    first.limit(1000);
+    second.limit(0);
     let id = first.job(&json!({"kind": "verify", "level": "data"}));
     first.kill();
     let job = second.wait(&id);

@@ -221,8 +221,7 @@ fn a_job_is_watched_to_its_end() {
     let (_world, served) = served("");
     served.do_job(&json!({"kind": "adopt", "now": true}));
     // So slow that there is something to be seen.
-    let limit = json!({"rate_bytes_per_second": 4 << 20});
-    served.send("PUT", "/v1/limits", ADMIN, Some(&limit)).is(200);
+    served.limit(4 << 20);
     let id = served.job(&json!({"kind": "verify", "level": "data"}));
     let events = watch(&served, &id);
     let (name, last) = events.last().unwrap();
@@ -240,10 +239,7 @@ fn a_job_is_watched_to_its_end() {
 fn a_job_is_stopped_while_it_waits_and_while_it_runs() {
     let (world, served) = served("[limits]\njobs = 1\n");
     served.do_job(&json!({"kind": "adopt", "now": true}));
-    let limit = |rate: u64| {
-        served.send("PUT", "/v1/limits", ADMIN, Some(&json!({"rate_bytes_per_second": rate}))).is(200)
-    };
-    limit(1000);
+    served.limit(1000);
     let runs = served.job(&json!({"kind": "verify", "level": "data"}));
     served.wait_for(&runs, |job| job["state"] == "running");
     let waits = served.job(&delete("b"));
@@ -254,7 +250,7 @@ fn a_job_is_stopped_while_it_waits_and_while_it_runs() {
     assert_eq!(served.wait(&runs)["state"], "cancelled");
     // What is over stays as it is.
     assert_eq!(cancel(&runs)["state"], "cancelled");
-    limit(0);
+    served.limit(0);
     served.do_job(&delete("b"));
     assert_eq!(served.post("/v1/jobs/0123456789abcdef0123456789abcdef/cancel", &json!({})).status, 404);
     is_true(&world, &["a", "c", "d"]);

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::support::chains::write_truth;
 use super::support::qemu::text;
-use super::support::service::{ADMIN, LONG, Served, URL, configure, same};
+use super::support::service::{LONG, Served, URL, configure, same};
 use super::support::world::{COLUMNS, World};
 
 /// a <- b <- c, opted in and adopted.
@@ -152,9 +152,8 @@ fn what_cloudstack_deleted_is_told_and_then_merged() {
 
 #[test]
 fn a_kill_in_the_middle_of_a_reclaim_is_made_good_by_the_next_service() {
-    for (rate, pause) in
-        [(0, 0), (0, 5), (0, 15), (0, 30), (0, 60), (0, 120), (2_000_000, 200), (200_000, 300)]
-    {
+    // Without a pause it is killed once it moves, and does not come to its end.
+    for pause in [Some(0), Some(5), Some(15), Some(30), Some(60), Some(120), None] {
         let world = world_of("6M");
         let truth = |name: &str| world.directory.path().join(name);
         for name in ["a", "c"] {
@@ -163,9 +162,15 @@ fn a_kill_in_the_middle_of_a_reclaim_is_made_good_by_the_next_service() {
         let before = fs::metadata(world.member("b")).unwrap().len();
         configure(&world, &format!("[schedule]\nrecords = {:?}\n", rows(&world, "Hidden")));
         let served = Served::start(&world);
-        served.send("PUT", "/v1/limits", ADMIN, Some(&json!({"rate_bytes_per_second": rate}))).is(200);
-        let id = served.job(&json!({"kind": "reclaim", "now": true}));
-        std::thread::sleep(Duration::from_millis(pause));
+        let request = json!({"kind": "reclaim", "now": true});
+        let id = match pause {
+            Some(pause) => {
+                let id = served.job(&request);
+                std::thread::sleep(Duration::from_millis(pause));
+                id
+            }
+            None => served.running(&request),
+        };
         served.kill();
         for name in ["a", "c"] {
             same(&world.member(name), &truth(name));
@@ -174,13 +179,13 @@ fn a_kill_in_the_middle_of_a_reclaim_is_made_good_by_the_next_service() {
         let job = next.wait(&id);
         assert_eq!(job["state"], "done", "{job}");
         // The name stays, for CloudStack, as an empty image.
-        assert!(fs::metadata(world.member("b")).unwrap().len() < before, "{rate} {pause}: {job}");
+        assert!(fs::metadata(world.member("b")).unwrap().len() < before, "{pause:?}: {job}");
         for name in ["a", "c"] {
             same(&world.member(name), &truth(name));
         }
         let (exit, verified) = world.run(&["verify", "--level", "data"]);
         assert_eq!(exit, 0, "{verified}");
-        assert_eq!(fs::read_dir(world.root().join(".qchain/tmp")).unwrap().count(), 0, "{rate} {pause}");
+        assert_eq!(fs::read_dir(world.root().join(".qchain/tmp")).unwrap().count(), 0, "{pause:?}");
     }
 }
 

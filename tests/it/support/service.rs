@@ -152,6 +152,21 @@ impl Served {
         self.send("POST", path, OPERATE, Some(body))
     }
 
+    /// Has it move no more than so many bytes a second; 0: as many as it can.
+    pub fn limit(&self, rate: u64) {
+        let limit = serde_json::json!({"rate_bytes_per_second": rate});
+        self.send("PUT", "/v1/limits", ADMIN, Some(&limit)).is(200);
+    }
+
+    /// Has a job running at a rate at which it does not come to its end; its id.
+    pub fn running(&self, request: &Value) -> String {
+        self.limit(200_000);
+        let id = self.job(request);
+        let moves = |job: &Value| job["state"] == "running" && job["progress"]["phase"].as_str() != Some("");
+        self.wait_for(&id, |job| moves(job) || job["state"] == "done");
+        id
+    }
+
     /// Makes a job; its id.
     pub fn job(&self, request: &Value) -> String {
         let made = self.post("/v1/jobs", request).is(202);
