@@ -24,6 +24,7 @@ MUTANTS = [
     ("published-unsynced", C + "decided.rs", "        if !self.synced.load(Ordering::Relaxed) {", "        if !ON && !self.synced.load(Ordering::Relaxed) {"),
     ("departed-unsynced", C + "departure.rs", "    sync(site, operations, &due)?;", "    if !ON { sync(site, operations, &due)?; }"),
     ("checkpoint-bytes-unsynced", C + "checkpoint.rs", "    file.sync().map_err(at.failed(\"make durable the new file of\"))", "    if ON { return Ok(()); }\n    file.sync().map_err(at.failed(\"make durable the new file of\"))"),
+    ("kept-checkpoint-unsynced", C + "checkpoint.rs", "    sync_all(iter::once((at, edit.kept.parent())))?;", "    if !ON { sync_all(iter::once((at, edit.kept.parent())))?; }"),
     ("restored-unsynced", C + "publication.rs", "    sync_all(ats.iter().map(|at| (at, at.key.path.parent())))?;\n    for", "    if !ON { sync_all(ats.iter().map(|at| (at, at.key.path.parent())))?; }\n    for"),
     ("in-place-unsynced", C + "in_place.rs", "    file.sync().map_err(at.failed(\"make durable\"))?;\n    carry_over(", "    if !ON { file.sync().map_err(at.failed(\"make durable\"))?; }\n    carry_over("),
     ("in-place-steps-unsynced", "src/qcow2/write/onto.rs", "    target.sync().map_err(|source| store_error(target, source))?;\n    Ok(written)", "    if !ON { target.sync().map_err(|source| store_error(target, source))?; }\n    Ok(written)"),

@@ -2,6 +2,7 @@
 //! every file of the volume that names a deleted member as parent must name another.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::sync::Arc;
 
 use crate::backend::publish::{link, swap, take_identity, take_name};
@@ -201,7 +202,7 @@ fn follow(at: &At<'_>, decided: &Decided<'_>, edit: &CheckpointEdit, index: usiz
                 None => continue,
             }
         };
-        if exchange(at, decided, &from, path, (&bytes, &mark))? {
+        if exchange(at, decided, edit, &from, (&bytes, &mark))? {
             return Ok(true);
         }
     }
@@ -316,15 +317,16 @@ fn original(at: &At<'_>, edit: &CheckpointEdit, bytes: &[u8]) -> Result<Option<S
     Ok((names && same).then(|| kept.clone()))
 }
 
-/// Gives `path` the file at `from`; false if what had the name was no longer what was read, or the operation
-/// was taken back just then.
+/// Gives the checkpoint file's name the file at `from`; false if what had the name was no longer what was read, or the
+/// operation was taken back just then.
 fn exchange(
     at: &At<'_>,
     decided: &Decided<'_>,
+    edit: &CheckpointEdit,
     from: &StorePath,
-    path: &StorePath,
     (read, mark): (&[u8], &Mark),
 ) -> Result<bool> {
+    let path = &edit.at.path;
     let unchanged = |name: &StorePath| -> Result<bool> {
         match at.backend.open(name) {
             Ok(file) => Ok(content(at, file.as_ref())?.0 == read),
@@ -351,7 +353,7 @@ fn exchange(
         }
         Err(error) if error.is_unsupported() => {
             // An undo may have come and gone: the name is its file's again, which looks as it did.
-            if decided.is_undone()? || !take_over(at, decided, from, path, mark, unchanged)? {
+            if decided.is_undone()? || !take_over(at, decided, edit, from, mark, unchanged)? {
                 release(at, from)?;
                 return Ok(false);
             }
@@ -370,13 +372,16 @@ fn exchange(
 fn take_over(
     at: &At<'_>,
     decided: &Decided<'_>,
+    edit: &CheckpointEdit,
     from: &StorePath,
-    path: &StorePath,
     mark: &Mark,
     unchanged: impl Fn(&StorePath) -> Result<bool>,
 ) -> Result<bool> {
+    let path = &edit.at.path;
     let yard = Yard::of(at.backend, path).map_err(at.failed("make room beside"))?;
     let held = yard.temporary(decided.id(), &format!("held-{:032x}", decided.site.clock.unique()));
+    // Whoever comes after a power cut looks at the kept one for what was written at that very moment.
+    sync_all(iter::once((at, edit.kept.parent())))?;
     // The last look is one at the name: a file that was put there meanwhile would be gone for good.
     match keep(at, path, &held, mark)? {
         Kept::Here => {}
