@@ -28,6 +28,9 @@ use crate::units::ClusterBits;
 
 /// The destination that stands for standard output.
 const PIPE: &str = "-";
+/// How hard is compressed if nothing is said: the least. Of libraries and texts zstd then makes 4 % more than `qemu-img` does
+/// (level 2: 1 %), zlib 26 % (level 2: 7 %), in two thirds and two ninths of its time.
+const LEVEL: i32 = 1;
 /// Zeros for standard output.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 
@@ -64,7 +67,7 @@ pub struct Args {
     /// Compress clusters; those that do not get smaller are stored as they are
     #[arg(long, value_enum, default_value = "none")]
     compress: Compress,
-    /// How hard: 1 to 22 for zstd, 1 to 9 for zlib [default: 2]
+    /// How hard: 1 to 22 for zstd, 1 to 9 for zlib [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
     /// How the image is laid out [default: cheapest for files]
@@ -186,7 +189,7 @@ impl Args {
         if self.layout == Some(LayoutChoice::Canonical) {
             return usage("the canonical layout is uncompressed");
         }
-        let level = self.level.unwrap_or(2);
+        let level = self.level.unwrap_or(LEVEL);
         if kind == CompressionType::Zlib && level > 9 {
             return usage("zlib has the levels 1 to 9");
         }

@@ -67,7 +67,6 @@ pub fn compress(kind: CompressionType, level: i32, cluster: &[u8]) -> Option<Vec
 pub struct Compressor {
     level: i32,
     coder: Coder,
-    out: Vec<u8>,
 }
 
 enum Coder {
@@ -86,23 +85,31 @@ impl Compressor {
             }
             CompressionType::Zstd => Coder::Zstd(zstd_safe::CCtx::create()),
         };
-        Self { level: level.clamp(1, 22), coder, out: Vec::new() }
+        Self { level: level.clamp(1, 22), coder }
     }
 
-    /// Compresses one cluster; `None` if that does not make it smaller.
-    pub fn compress(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
-        self.out.resize(cluster.len().checked_sub(1)?, 0);
-        let length = match &mut self.coder {
+    /// Compresses one cluster behind what `out` has, and gives how many bytes that took; `None`, and nothing added, if it
+    /// does not make it smaller.
+    pub fn compress_onto(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Option<usize> {
+        let start = out.len();
+        // Room for one byte less than the cluster: what does not fit is not smaller.
+        out.resize(start + cluster.len().checked_sub(1)?, 0);
+        let length = out.get_mut(start..).and_then(|room| self.compress_into(cluster, room));
+        out.truncate(start + length.unwrap_or(0));
+        length
+    }
+
+    fn compress_into(&mut self, cluster: &[u8], room: &mut [u8]) -> Option<usize> {
+        match &mut self.coder {
             Coder::Zlib(encoder) => {
                 encoder.reset();
-                match encoder.compress(cluster, &mut self.out, FlushCompress::Finish) {
-                    Ok(Status::StreamEnd) => usize::try_from(encoder.total_out()).ok()?,
-                    _ => return None,
+                match encoder.compress(cluster, room, FlushCompress::Finish) {
+                    Ok(Status::StreamEnd) => usize::try_from(encoder.total_out()).ok(),
+                    _ => None,
                 }
             }
-            Coder::Zstd(context) => context.compress(self.out.as_mut_slice(), cluster, self.level).ok()?,
-        };
-        self.out.get(..length).map(<[u8]>::to_vec)
+            Coder::Zstd(context) => context.compress(room, cluster, self.level).ok(),
+        }
     }
 }
 
@@ -167,15 +174,21 @@ mod tests {
         let bits = ClusterBits::DEFAULT;
         for kind in KINDS {
             let mut compressor = Compressor::new(kind, 3);
+            let mut out = b"before".to_vec();
             for round in 0..5_u8 {
                 let cluster: Vec<u8> = (0..65_536_u32).map(|at| (at / 7).to_le_bytes()[0] ^ round).collect();
-                let stored = compressor.compress(&cluster).unwrap();
-                assert_eq!(decompress(kind, &stored, bits), Ok(cluster));
+                let start = out.len();
+                let length = compressor.compress_onto(&cluster, &mut out).unwrap();
+                assert_eq!(out.len(), start + length);
+                assert_eq!(decompress(kind, &out[start..], bits), Ok(cluster));
             }
+            assert!(out.starts_with(b"before"));
+            let before = out.clone();
             let noise: Vec<u8> =
                 (0..2048_u32).flat_map(|at| *blake3::hash(&at.to_le_bytes()).as_bytes()).collect();
-            assert_eq!(compressor.compress(&noise), None);
-            assert_eq!(compressor.compress(&[]), None);
+            assert_eq!(compressor.compress_onto(&noise, &mut out), None);
+            assert_eq!(compressor.compress_onto(&[], &mut out), None);
+            assert_eq!(out, before);
         }
     }
 

@@ -1,4 +1,10 @@
 //! By compressing: clusters are read in the order of the guest, compressed on all processors, packed behind each other.
+//!
+//! A batch is written while the next one is compressed and the one behind it is read: no processor waits for one of the
+//! others. What is compressed, and what that becomes, lies in memory that is used again.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -7,6 +13,7 @@ use super::target::{Output, failed};
 use crate::backend::BackendError;
 use crate::digest::is_zero;
 use crate::ops::{OpError, Result, Work};
+use crate::progress::Cancelled;
 use crate::qcow2::check::{Limits, check};
 use crate::qcow2::compressed::Compressor;
 use crate::qcow2::layout::canonical::Part;
@@ -17,6 +24,10 @@ use crate::store::stream::{Piece, Stream, Wanted};
 
 /// How much is compressed in one go.
 const BATCH_BYTES: usize = 8 << 20;
+/// How much of that by one thread, before it asks for more.
+const SHARE_BYTES: usize = 256 << 10;
+/// How many batches may wait to be written.
+const AHEAD: usize = 1;
 /// How much of the file is written in one call.
 const WRITE_BYTES: usize = 1 << 20;
 
@@ -33,25 +44,32 @@ pub(super) fn write(
     output.need(layout.stored_bytes() / 4)?;
     let options = layout.form().options(layout.virtual_size(), kind);
     let size = usize::try_from(options.cluster_bits.bytes()).unwrap_or(usize::MAX);
-    let mut writer = Writer {
-        output,
-        packed: Packed::new(options, layout.table_count()),
-        held: (0, Vec::new()),
-        tables: 0,
-        data: 0,
-    };
-    let mut batch = Batch { kind, level, size, clusters: Vec::new(), bytes: 0 };
+    let packed = Packed::new(options, layout.table_count());
+    let mut writer = Writer { output, size, packed, held: (0, Vec::new()), tables: 0, data: 0 };
+    let coders = Coders { kind, level, size, idle: Mutex::default() };
+    let spare = Mutex::default();
+    let (sender, receiver) = sync_channel(AHEAD);
     work.progress.phase("compressing", layout.length());
     // The tables of the canonical image are not those of this one.
     let data = layout.metadata_bytes()..layout.length();
-    let digest = stream.read::<OpError>(data, Wanted::Digest, &work.job(), |offset, piece| {
-        let (Piece::Bytes(bytes), Some((Part::Data { guest }, _))) = (piece, layout.part(offset)) else {
-            return Ok(());
-        };
-        batch.add(guest, bytes);
-        if batch.bytes >= BATCH_BYTES { batch.flush(&mut writer) } else { Ok(()) }
-    })?;
-    batch.flush(&mut writer)?;
+    let mut written = Ok(());
+    let read: Result<_> = std::thread::scope(|scope| {
+        // Ends when the last batch is in, or by an error, of which the reader learns by his next one.
+        scope.spawn(|| written = writer.put_all(receiver, &spare));
+        let mut batch = Batch { sender, coders: &coders, spare: &spare, shares: Vec::new(), bytes: 0 };
+        let digest = stream.read::<OpError>(data, Wanted::Digest, &work.job(), |offset, piece| {
+            let (Piece::Bytes(bytes), Some((Part::Data { guest }, _))) = (piece, layout.part(offset)) else {
+                return Ok(());
+            };
+            batch.add(guest, bytes);
+            if batch.bytes >= BATCH_BYTES { batch.flush() } else { Ok(()) }
+        })?;
+        batch.flush()?;
+        Ok(digest)
+    });
+    // It is why nobody took what was read.
+    written?;
+    let digest = read?;
     let (data_bytes, metadata_bytes) = writer.finish()?;
     output.seal()?;
     let image = Image::open(output.reopen()?, output.shown())?;
@@ -64,56 +82,89 @@ pub(super) fn write(
     Ok(Made { how: Some(How::Compress), digest, data_bytes, metadata_bytes, ..Made::default() })
 }
 
-/// Clusters that wait to be compressed.
-struct Batch {
+/// Compressors that nobody uses now: making one costs as much as some clusters.
+struct Coders {
     kind: CompressionType,
     level: i32,
+    /// The size of a cluster.
     size: usize,
-    /// Number in the guest, and bytes.
-    clusters: Vec<(u64, Vec<u8>)>,
+    idle: Mutex<Vec<Compressor>>,
+}
+
+/// Clusters that one thread compresses.
+#[derive(Default)]
+struct Share {
+    /// Their numbers in the guest, and how each is stored; nothing for zeros.
+    clusters: Vec<(u64, Option<Stored>)>,
+    plain: Vec<u8>,
+    /// What goes into the file, one behind the other.
+    stored: Vec<u8>,
+}
+
+impl Share {
+    fn compress(&mut self, coders: &Coders) {
+        let idle = || coders.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = idle().pop();
+        let mut coder = taken.unwrap_or_else(|| Compressor::new(coders.kind, coders.level));
+        for ((_, how), cluster) in self.clusters.iter_mut().zip(self.plain.chunks(coders.size)) {
+            if is_zero(cluster) {
+                continue;
+            }
+            let compressed = coder.compress_onto(cluster, &mut self.stored);
+            if compressed.is_none() {
+                self.stored.extend_from_slice(cluster);
+            }
+            *how = Some(compressed.map_or(Stored::Plain, |bytes| Stored::Compressed(bytes as u64)));
+        }
+        idle().push(coder);
+    }
+}
+
+/// Clusters that wait to be compressed.
+struct Batch<'a> {
+    sender: SyncSender<Vec<Share>>,
+    coders: &'a Coders,
+    spare: &'a Spare,
+    shares: Vec<Share>,
     bytes: usize,
 }
 
-impl Batch {
+/// Shares that were written, for their memory.
+type Spare = Mutex<Vec<Share>>;
+
+impl Batch<'_> {
     fn add(&mut self, guest: u64, bytes: &[u8]) {
-        let first = guest / self.size as u64;
-        for (number, part) in (first..).zip(bytes.chunks(self.size)) {
-            let mut cluster = part.to_vec();
-            cluster.resize(self.size, 0);
-            self.bytes += cluster.len();
-            self.clusters.push((number, cluster));
+        let size = self.coders.size;
+        let first = guest / size as u64;
+        for (number, part) in (first..).zip(bytes.chunks(size)) {
+            if self.shares.last().is_none_or(|share| share.plain.len() >= SHARE_BYTES) {
+                let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                self.shares.push(spare.unwrap_or_default());
+            }
+            let Some(share) = self.shares.last_mut() else { return };
+            let end = share.plain.len() + size;
+            share.plain.extend_from_slice(part);
+            share.plain.resize(end, 0);
+            share.clusters.push((number, None));
+            self.bytes += size;
         }
     }
 
-    fn flush(&mut self, writer: &mut Writer<'_>) -> Result<()> {
-        let (kind, level) = (self.kind, self.level);
-        let clusters = std::mem::take(&mut self.clusters);
+    fn flush(&mut self) -> Result<()> {
+        let mut shares = std::mem::take(&mut self.shares);
         self.bytes = 0;
-        let done: Vec<(u64, Option<Stored>, Vec<u8>)> = clusters
-            .into_par_iter()
-            .map_init(
-                || Compressor::new(kind, level),
-                |compressor, (number, cluster)| {
-                    if is_zero(&cluster) {
-                        return (number, None, Vec::new());
-                    }
-                    match compressor.compress(&cluster) {
-                        Some(bytes) => (number, Some(Stored::Compressed(bytes.len() as u64)), bytes),
-                        None => (number, Some(Stored::Plain), cluster),
-                    }
-                },
-            )
-            .collect();
-        done.into_iter().try_for_each(|(number, stored, bytes)| match stored {
-            Some(stored) => writer.put(number, stored, &bytes),
-            None => Ok(()),
-        })
+        let coders = self.coders;
+        shares.par_iter_mut().with_max_len(1).for_each(|share| share.compress(coders));
+        // Nobody takes it if writing has failed, whose error is the one to tell.
+        self.sender.send(shares).map_err(|_| OpError::Cancelled(Cancelled))
     }
 }
 
 /// Writes what is placed; neighbours in one call.
 struct Writer<'a> {
     output: &'a Output,
+    /// The size of a cluster.
+    size: usize,
     packed: Packed,
     held: (u64, Vec<u8>),
     tables: u64,
@@ -121,6 +172,26 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    fn put_all(&mut self, batches: Receiver<Vec<Share>>, spare: &Spare) -> Result<()> {
+        for mut share in batches.into_iter().flatten() {
+            let mut rest = share.stored.as_slice();
+            for (number, how) in share.clusters.drain(..) {
+                let Some(how) = how else { continue };
+                let length = match how {
+                    Stored::Compressed(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
+                    Stored::Plain => self.size,
+                };
+                let Some((bytes, behind)) = rest.split_at_checked(length) else { break };
+                self.put(number, how, bytes)?;
+                rest = behind;
+            }
+            share.plain.clear();
+            share.stored.clear();
+            spare.lock().unwrap_or_else(PoisonError::into_inner).push(share);
+        }
+        Ok(())
+    }
+
     fn put(&mut self, number: u64, stored: Stored, bytes: &[u8]) -> Result<()> {
         let (at, table) = self.packed.put(number, stored)?;
         if let Some(table) = table {
