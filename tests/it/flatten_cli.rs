@@ -134,6 +134,23 @@ fn standard_output_has_the_canonical_image_and_nothing_else() {
     assert_eq!(child.wait().unwrap().code(), Some(8));
 }
 
+/// Blocks that are zeros, which only their reader knows, take no space; the bytes are those of a pipe.
+#[test]
+fn zeros_that_were_written_are_holes() {
+    let world = World::new();
+    world.make("z", "", &["write -P 1 0 64k", "write -P 0 1M 4M", "write -P 2 6M 64k"]);
+    for format in ["qcow2", "raw"] {
+        let dest = world.directory.path().join(format);
+        let (exit, report) = world.run(&["flatten", "z", text(&dest), "-O", format, "--layout", "canonical"]);
+        assert_eq!((exit, &report["bytes_written"]), (0, &Value::from(128 << 10)), "{report}");
+        must("qemu-img", &["compare", "-f", "qcow2", "-F", format, text(&world.member("z")), text(&dest)]);
+        let found = fs::metadata(&dest).unwrap();
+        assert!(found.len() > 4 << 20 && found.blocks() * 512 < 1 << 20, "{format}: {found:?}");
+        assert!(call(&world, &["flatten", "z", "-", "-O", format]).stdout == fs::read(&dest).unwrap());
+    }
+    must("qemu-img", &["check", text(&world.directory.path().join("qcow2"))]);
+}
+
 /// `key=value` of a properties file.
 fn property(path: &Path, key: &str) -> String {
     let text = fs::read_to_string(path).unwrap();

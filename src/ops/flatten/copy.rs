@@ -1,4 +1,7 @@
 //! By copying: the canonical image, from its first byte to its last.
+//!
+//! Blocks of data that turn out to be zeros when they are read, which a chain that is not adopted may have, are not written:
+//! the file has a hole there, and the same bytes.
 
 use super::report::{How, Made};
 use super::target::{Output, failed};
@@ -27,16 +30,18 @@ pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cach
     file.set_length(layout.length()).map_err(&failed)?;
     work.progress.phase("copying", layout.length());
     let raw = layout.form() == Form::Raw;
-    let (mut written, mut last_drop, mut last_sources) = (0, 0, 0);
+    let metadata_bytes = layout.metadata_bytes();
+    let (mut tables, mut data, mut last_drop, mut last_sources) = (0, 0, 0, 0);
     let digest =
         stream.read::<OpError>(0..layout.length(), Wanted::Digest, &work.job(), |offset, piece| {
             let Piece::Bytes(bytes) = piece else { return Ok(()) };
-            written += if raw {
-                write_sparse(|at, part| file.write_at(at, part), offset, bytes).map_err(&failed)?
-            } else {
+            if offset < metadata_bytes {
                 file.write_at(offset, bytes).map_err(&failed)?;
-                bytes.len() as u64
-            };
+                tables += bytes.len() as u64;
+            } else {
+                data += write_sparse(|at, part| file.write_at(at, part), offset, bytes).map_err(&failed)?;
+            }
+            let written = tables + data;
             if !keep_cache && written >= last_drop + DROP_BYTES {
                 last_drop = written;
                 let _ = file.drop_cache();
@@ -55,10 +60,15 @@ pub(super) fn write(stream: &Stream, output: &Output, work: &Work<'_>, keep_cach
         return Err(StoreError::Damaged { code: crate::failure::Code::DataDamaged, member, message }.into());
     }
     output.seal()?;
-    let metadata_bytes = layout.metadata_bytes();
     let planned_bytes = if raw { 0 } else { prove(layout, output)? };
-    let data_bytes = written.saturating_sub(metadata_bytes);
-    Ok(Made { how: Some(How::Copy), digest, data_bytes, metadata_bytes, planned_bytes, ..Made::default() })
+    Ok(Made {
+        how: Some(How::Copy),
+        digest,
+        data_bytes: data,
+        metadata_bytes: tables,
+        planned_bytes,
+        ..Made::default()
+    })
 }
 
 /// Writes what is not zeros; gives how many bytes that was.
