@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -140,8 +142,94 @@ fn images_are_flattened_from_an_export_and_into_it() {
         files
     };
     assert!(flattened(&twice.local) == flattened(&twice.remote));
-    let properties = twice.remote.root().join("template/tmpl/2/201/template.properties");
-    assert!(fs::read_to_string(properties).unwrap().contains("filename="));
+    for (directory, properties) in
+        [("template/tmpl/2/201", "template.properties"), ("volumes/2/9", "volume.properties")]
+    {
+        says_its_sizes(&twice.remote.root().join(directory), properties);
+    }
+}
+
+/// A place has two files, one of which says how large the other one is.
+fn says_its_sizes(directory: &Path, properties: &str) {
+    assert_eq!(fs::read_dir(directory).unwrap().count(), 2, "{}", directory.display());
+    let text = fs::read_to_string(directory.join(properties)).unwrap();
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{key}=")));
+        line.unwrap_or_else(|| panic!("no {key}: {text}")).to_owned()
+    };
+    let length = fs::metadata(directory.join(value("filename"))).unwrap().len().to_string();
+    for key in ["size", "physicalSize", "qcow2.size"] {
+        assert_eq!(value(key), length, "{key}");
+    }
+    for key in ["virtualsize", "qcow2.virtualsize"] {
+        assert_eq!(value(key), (10 << 20).to_string(), "{key}");
+    }
+}
+
+/// From a store of its own, whatever becomes of the process.
+#[test]
+fn templates_appear_whole_on_an_export() {
+    let (local, remote) = (world(), super::support::zones::taking());
+    let server = Ganesha::start(&remote.root());
+    let far = format!("{},id=far", server.url(""));
+    let near = format!("{},id=near", text(&local.root()));
+    assert_eq!(local.run_on(&near, &["init"]).0, 0);
+    let flatten = |kind: &str, place: &str, more: &[&str]| {
+        let arguments =
+            [&["--store", &far, "flatten", "near:snapshots/2/7/c", kind, place][..], more].concat();
+        local.run_on(&near, &arguments)
+    };
+    for (kind, place, directory, properties) in [
+        ("--template", "far:2/201/t", "template/tmpl/2/201", "template.properties"),
+        ("--volume", "far:2/9/v", "volumes/2/9", "volume.properties"),
+    ] {
+        for compress in ["none", "zstd"] {
+            let (exit, report) = flatten(kind, place, &["--compress", compress]);
+            assert_eq!(exit, 0, "{report}");
+            let directory = remote.root().join(directory);
+            says_its_sizes(&directory, properties);
+            let image = directory.join(if kind == "--template" { "t.qcow2" } else { "v.qcow2" });
+            assert_true(&image, &truth(&local, "c"), kind);
+            let (exit, refused) = flatten(kind, place, &[]);
+            assert_eq!((exit, refused["error"]["code"].as_str()), (3, Some("target-exists")), "{refused}");
+            // As CloudStack does it; behind the server's back it would keep what it knows.
+            clear_below(&server, &directory, &remote.root());
+        }
+    }
+    let directory = remote.root().join("template/tmpl/2/201");
+    let (mut whole, mut none) = (0, 0);
+    for step in 0..200_u64 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qchain"))
+            .args(["--store", &near, "--store", &far, "flatten", "near:snapshots/2/7/c"])
+            .args(["--template", "far:2/201/t"])
+            .env("XDG_CACHE_HOME", local.directory.path().join("caches"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(step * 7));
+        let _ = child.kill();
+        child.wait().unwrap();
+        if directory.exists() {
+            whole += 1;
+            says_its_sizes(&directory, "template.properties");
+            assert_true(&directory.join("t.qcow2"), &truth(&local, "c"), "killed");
+            clear_below(&server, &directory, &remote.root());
+        } else {
+            none += 1;
+        }
+        if whole > 2 {
+            break;
+        }
+    }
+    assert!(whole > 2 && none > 2, "{whole} {none}");
+}
+
+/// Removes a directory of the export by its server.
+fn clear_below(server: &Ganesha, directory: &Path, root: &Path) {
+    let below = directory.strip_prefix(root).unwrap();
+    super::support::nfs::clear(&server.url_of(text(below), ""));
+    fs::remove_dir(directory).unwrap();
 }
 
 #[test]
