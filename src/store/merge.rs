@@ -155,6 +155,20 @@ impl MergeInput {
         Layout::plan(&self.options, &self.upper.source_facts(), self.map())
     }
 
+    /// As [`MergeInput::layout`], with the map as it was read for that, if it has at most so many runs.
+    pub fn layout_with_map(
+        &self,
+        most: usize,
+    ) -> std::result::Result<(Layout, Option<Vec<Run>>), ImageError> {
+        let mut kept = Some(Vec::new());
+        let runs = self.map().inspect(|run| match (&mut kept, run) {
+            (Some(runs), Ok(run)) if runs.len() < most => runs.push(*run),
+            _ => kept = None,
+        });
+        let layout = Layout::plan(&self.options, &self.upper.source_facts(), runs)?;
+        Ok((layout, kept))
+    }
+
     /// Whether the lowest merged member's file can become the image wanted, as far as headers tell.
     pub fn fits_onto(&self) -> std::result::Result<(), Unfit> {
         let headers: Vec<_> = self.upper.images().map(Image::header).collect();

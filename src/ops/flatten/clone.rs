@@ -28,6 +28,9 @@ use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 const BATCH: usize = 4096;
 /// How many blocks are read back at once by one thread.
 const CHECK_BLOCKS: u64 = 16;
+/// The most runs of the map that are kept from planning for writing, some 15 MiB: the tables of a chain of many members
+/// take longer to read than what they say takes to write.
+const KEPT_RUNS: usize = 1 << 18;
 /// How much is copied at once.
 const COPY_BYTES: u64 = 1 << 20;
 
@@ -82,10 +85,10 @@ struct Clone<'a> {
 impl Clone<'_> {
     fn qcow2(&self) -> Result<Option<Made>> {
         let Self { source, input, alignment, output, work } = self;
-        let layout = match input.layout() {
+        let (layout, map) = match input.layout_with_map(KEPT_RUNS) {
             // Readable, and not to be shared twice.
             Err(error) if error.code() == Code::SharedCluster => return Ok(None),
-            layout => layout?,
+            planned => planned?,
         };
         let cost = input.cost(&layout, alignment);
         if cost.clone_bytes <= cost.data_bytes {
@@ -108,7 +111,10 @@ impl Clone<'_> {
             cancel: work.cancel,
             pace: work.pace,
         };
-        let written = write(&layout, output.file(), &sources, input.map())?;
+        let written = match map {
+            Some(runs) => write(&layout, output.file(), &sources, runs.into_iter().map(Ok))?,
+            None => write(&layout, output.file(), &sources, input.map())?,
+        };
         output.seal()?;
         let image = Image::open(output.reopen()?, output.shown())?;
         let proof = prove(&layout, input, &image, source.member())?;

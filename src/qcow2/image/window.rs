@@ -33,7 +33,7 @@ impl Window {
         if self.place != Some((host, start)) {
             self.place = None;
             let length = self.bytes.min(table_bytes.saturating_sub(start));
-            self.data.clear();
+            // All of it is overwritten.
             self.data.resize(usize::try_from(length).unwrap_or_default(), 0);
             image.read_data(host.plus(start), &mut self.data)?;
             self.place = Some((host, start));
