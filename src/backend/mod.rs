@@ -233,6 +233,15 @@ pub trait StoreFile: Send + Sync + Debug {
     /// wait. [`BackendError::is_unsupported`] where the store has no such locks. A process that ends or
     /// loses its mount has lost the locks, too.
     fn hold_image_locks(&self) -> Result<Option<Box<dyn Send + Sync>>>;
+
+    /// Shows others that the file is read, as a reading QEMU does (byte 100), until the guard is dropped: their
+    /// [`StoreFile::image_locks`] says `any`. Nobody is kept out. [`BackendError::is_unsupported`] where the store has no
+    /// such locks.
+    fn hold_reader_lock(&self) -> Result<Box<dyn Send + Sync>> {
+        let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
+        let path = self.path().to_string();
+        Err(BackendError::Unsupported { action: "take a reader's lock of", path, source })
+    }
 }
 
 /// Reads exactly `buffer.len()` bytes, zeros past the end of the file: how QEMU reads an image file.

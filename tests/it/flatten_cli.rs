@@ -1,6 +1,7 @@
 //! `qchain flatten` as it is called: documents, exit codes, what is refused, places of CloudStack's.
 
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -149,6 +150,30 @@ fn zeros_that_were_written_are_holes() {
         assert!(call(&world, &["flatten", "z", "-", "-O", format]).stdout == fs::read(&dest).unwrap());
     }
     must("qemu-img", &["check", text(&world.directory.path().join("qcow2"))]);
+}
+
+#[test]
+fn nothing_is_merged_into_a_member_while_it_is_streamed() {
+    let world = adopted();
+    let truth = call(&world, &["flatten", "c", "-", "-O", "raw"]).stdout;
+    let mut reading =
+        command(&world, &["flatten", "c", "-", "-O", "raw"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut pipe = reading.stdout.take().unwrap();
+    let mut bytes = vec![0];
+    pipe.read_exact(&mut bytes).unwrap();
+    let merge = ["delete", "a", "--assume-deleted", "--now", "--yes", "--mode", "in-place", "--grace", "0s"];
+    let (exit, refused) = world.run(&merge);
+    assert_eq!((exit, refused["error"]["code"].as_str()), (3, Some("mode-impossible")), "{refused}");
+    assert!(refused["error"]["message"].as_str().unwrap().contains("open"), "{refused}");
+    // Whoever reads and whoever gives names to other files is not in the way.
+    must("qemu-img", &["check", text(&world.member("c"))]);
+    let (exit, done) = world.run(&["delete", "d", "--assume-deleted", "--end-of-chain", "--now", "--yes"]);
+    assert_eq!(exit, 0, "{done}");
+    pipe.read_to_end(&mut bytes).unwrap();
+    assert!(reading.wait().unwrap().success() && bytes == truth);
+    let (exit, done) = world.run(&merge);
+    assert_eq!((exit, done["results"][0]["mode"].as_str()), (0, Some("in-place")), "{done}");
+    assert!(call(&world, &["flatten", "c", "-", "-O", "raw"]).stdout == truth);
 }
 
 /// `key=value` of a properties file.

@@ -191,3 +191,23 @@ fn a_reader_that_was_there_first_stays() {
     drop(reader);
     assert_eq!(pair.locks(), NOBODY);
 }
+
+/// As a reading QEMU, and in the way of no QEMU.
+#[test]
+fn a_reader_of_ours_is_shown_and_keeps_nobody_out() {
+    let pair = Pair::new();
+    let (one, two) = (pair.file.hold_reader_lock().unwrap(), pair.file.hold_reader_lock().unwrap());
+    let store = PosixStore::open(pair.directory.path()).unwrap();
+    let elsewhere = store.open(&StorePath::parse("a").unwrap()).unwrap();
+    assert_eq!(elsewhere.image_locks().unwrap(), READER);
+    assert!(can_write(&pair, "a"));
+    readers_work(&pair);
+    must("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", "a", text(&pair.path("b"))]);
+    must("qemu-img", &["commit", "-q", text(&pair.path("b"))]);
+    must("qemu-img", &["resize", "-q", text(&pair.path("a")), "+1M"]);
+    drop(one);
+    assert_eq!(elsewhere.image_locks().unwrap(), READER);
+    drop(two);
+    assert_eq!(elsewhere.image_locks().unwrap(), NOBODY);
+    assert!(pair.file.hold_image_locks().unwrap().is_some());
+}

@@ -25,6 +25,8 @@ pub(super) struct PosixFile {
     network: OnceLock<bool>,
     /// Who holds QEMU's image locks through this open file.
     holders: locks::Holders,
+    /// Who is shown as a reader through it.
+    readers: locks::Holders,
 }
 
 impl PosixFile {
@@ -35,6 +37,7 @@ impl PosixFile {
             block: OnceLock::new(),
             network: OnceLock::new(),
             holders: locks::Holders::default(),
+            readers: locks::Holders::default(),
         }
     }
 
@@ -181,5 +184,12 @@ impl StoreFile for PosixFile {
             BackendError::from_io_of(NO_LOCKS, "take the image locks of", &self.path, error)
         })?;
         Ok(held.map(|held| Box::new(held) as Box<dyn Send + Sync>))
+    }
+
+    fn hold_reader_lock(&self) -> Result<Box<dyn Send + Sync>> {
+        let held = locks::hold_reader(&self.file, &self.readers).map_err(|error| {
+            BackendError::from_io_of(NO_LOCKS, "take a reader's lock of", &self.path, error)
+        })?;
+        Ok(Box::new(held))
     }
 }

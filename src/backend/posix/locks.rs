@@ -20,6 +20,9 @@ const WRITER_BYTES: [i64; 2] = [101, 103];
 /// "Does not share the permission to write, or to resize". Readers share both or want neither, so that they
 /// still open the file; 100, 101 and 200 would keep them out.
 const NO_WRITER_BYTES: [i64; 2] = [201, 203];
+/// "Reads, and what it reads has to be consistent" (`BLK_PERM_CONSISTENT_READ`): what every reader holds, and all others
+/// share (measured: reading, writing, committing, resizing, snapshots and bitmaps go on).
+const READER_BYTES: [i64; 1] = [100];
 /// All bytes QEMU uses for permissions held, and for permissions not shared.
 const ALL_BYTES: [(i64, i64); 2] = [(100, 65), (200, 65)];
 
@@ -35,8 +38,8 @@ pub(super) fn image_locks(file: &File) -> io::Result<ImageLocks> {
     Ok(found)
 }
 
-/// How many hold the locks of one open file that keep writers out. The locks belong to the open file and do
-/// not add up: the first holder takes them, the last gives them back.
+/// How many hold some locks of one open file: those that keep writers out, or those that show a reader. The locks belong to
+/// the open file and do not add up: the first holder takes them, the last gives them back.
 pub(super) type Holders = Arc<Mutex<usize>>;
 
 /// One holder. Its end frees the locks, not just closes the file: that lives on.
@@ -44,6 +47,7 @@ pub(super) type Holders = Arc<Mutex<usize>>;
 pub(super) struct Held {
     file: File,
     holders: Holders,
+    bytes: &'static [i64],
 }
 
 impl Drop for Held {
@@ -52,7 +56,7 @@ impl Drop for Held {
         let mut holders = count(&self.holders);
         *holders -= 1;
         if *holders == 0 {
-            release(&self.file);
+            release(&self.file, self.bytes);
         }
     }
 }
@@ -66,13 +70,24 @@ pub(super) fn hold(file: &File, holders: &Holders) -> io::Result<Option<Held>> {
         match take(file) {
             Ok(true) => {}
             refused => {
-                release(file);
+                release(file, &NO_WRITER_BYTES);
                 return refused.map(|_| None);
             }
         }
     }
     *count += 1;
-    Ok(Some(Held { file: held, holders: Arc::clone(holders) }))
+    Ok(Some(Held { file: held, holders: Arc::clone(holders), bytes: &NO_WRITER_BYTES }))
+}
+
+/// Shows others that the file is read, and keeps nobody out.
+pub(super) fn hold_reader(file: &File, holders: &Holders) -> io::Result<Held> {
+    let held = file.try_clone()?;
+    let mut count = count(holders);
+    if *count == 0 {
+        READER_BYTES.iter().try_for_each(|byte| take_shared(file, *byte, 1))?;
+    }
+    *count += 1;
+    Ok(Held { file: held, holders: Arc::clone(holders), bytes: &READER_BYTES })
 }
 
 fn count(holders: &Holders) -> MutexGuard<'_, usize> {
@@ -97,10 +112,10 @@ fn take(file: &File) -> io::Result<bool> {
     Ok(true)
 }
 
-fn release(file: &File) {
-    for byte in NO_WRITER_BYTES {
+fn release(file: &File, bytes: &[i64]) {
+    for byte in bytes {
         // Nothing to be done about an error; closing the file frees them too.
-        let _ = set(file, libc::F_UNLCK, byte, 1);
+        let _ = set(file, libc::F_UNLCK, *byte, 1);
     }
 }
 

@@ -23,6 +23,7 @@ use crate::store::manifest::leaves::{self, LeafError, LeafFile};
 use crate::store::manifest::shelf::{Known, Shelf};
 use crate::store::manifest::{FileMark, Manifest};
 use crate::store::scan::Scan;
+use crate::store::stream::pins::Pins;
 use crate::units::BLOCK_BYTES;
 
 /// A member and all below it, opened.
@@ -38,6 +39,7 @@ pub struct Source {
     /// Why not all of it is known.
     missing: Option<String>,
     forced: bool,
+    _pins: Pins,
 }
 
 /// The leaf tables of all members, newest first, and the digest of the view.
@@ -49,7 +51,8 @@ struct Leaves {
 }
 
 impl Source {
-    /// Opens a scanned member. All files are opened before anything is read.
+    /// Opens a scanned member. All files are opened before anything is read, and nothing is merged into one of them as
+    /// long as this is there (see [`Pins`]).
     ///
     /// With `force`, members in quarantine are taken, and nothing is held against what is known.
     ///
@@ -63,9 +66,12 @@ impl Source {
         let line: Vec<NodeId> =
             std::iter::once(id).chain(scan.graph.ancestors(id).unwrap_or_default()).collect();
         let keys: Vec<Key> = line.iter().map(|id| scan.graph.node(*id).key.clone()).collect();
+        // Before it is noted what they are: from here on they stay that.
+        let pins = Pins::hold(&chain);
         let names: Vec<String> = keys.iter().map(|key| stores.display(key)).collect();
         let stamps = chain.images().map(stamp).collect::<Result<Vec<_>>>()?;
-        let mut source = Self { chain, names, keys, stamps, known: None, missing: None, forced: false };
+        let mut source =
+            Self { chain, names, keys, stamps, known: None, missing: None, forced: false, _pins: pins };
         source.learn(stores, scan, &line, force)?;
         Ok(source)
     }
