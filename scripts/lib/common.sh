@@ -3,6 +3,7 @@
 #   need_blake3                   PyPI's blake3 for python3
 #   need_rust [COMPONENT...]      cargo, a linker for it, and components of the toolchain
 #   need_promtool                 promtool, at $PROMTOOL
+#   need_sshd                     sshd
 #   loop_mount FS IMAGE SIZE DIR  make a file system in a sparse file and mount it
 #   loop_direct DIR               let its loop device hand on requests as they come, many at once as a disk takes them: the buffered
 #                                 one answers one read after the other, and keeps all twice in memory
@@ -88,6 +89,10 @@ package_of() {
         rpcbind) echo rpcbind ;;
         nfs-cp) echo libnfs-utils ;;
         curl) echo curl ;;
+        rsync) echo rsync ;;
+        scp | ssh-keygen) echo openssh-client ;;
+        sshd) echo openssh-server ;;
+        rclone) echo rclone ;;
         aria2c) echo aria2 ;;
         # Without the modules that the usual one comes with.
         nginx) echo nginx-light ;;
@@ -174,6 +179,21 @@ need_promtool() {
     chmod 777 "$PROMETHEUS"
     (cd "$PROMETHEUS" && quietly apt-get download prometheus && dpkg-deb --extract prometheus_*.deb .)
     install -D --mode 755 "$PROMETHEUS/usr/bin/promtool" "$PROMTOOL"
+}
+
+# Without its service being started.
+need_sshd() {
+    local policy=/usr/sbin/policy-rc.d
+    command -v sshd >/dev/null && return
+    if [[ ! -e $policy && $(id -u) == 0 ]]; then
+        UNDO_FILES+=("$policy")
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+        need sshd
+        rm --force "$policy"
+    else
+        need sshd
+    fi
 }
 
 quietly() {
