@@ -12,6 +12,7 @@ mod consolidate_rows;
 mod copy_faults;
 mod copy_parents;
 mod copy_stores;
+mod copy_tokens;
 mod copy_zones;
 mod crash_errors;
 mod crash_foreign;
