@@ -8,6 +8,7 @@ use super::context::Context;
 use super::error::{Exit, Result};
 use super::output::human;
 use super::settings::{Policy, Reclaim, Settings};
+use crate::ops::copy::Reuse;
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -61,6 +62,7 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         out.write_all(text.as_bytes())?;
         write_policy(out, &context.settings.policy)?;
         write_schedule(out, &context.settings)?;
+        write_zones(out, &context.settings)?;
         for store in &understood.stores {
             writeln!(out, "# store {} at {}; backing names may begin with:", store.id, store.path)?;
             for prefix in &store.prefixes {
@@ -95,6 +97,17 @@ fn write_policy(out: &mut dyn Write, policy: &Policy) -> io::Result<()> {
     }
     writeln!(out, "# policy: qchain audit warns of")?;
     warns.iter().try_for_each(|warning| writeln!(out, "#   {warning}"))
+}
+
+/// What comes from other zones, in words.
+fn write_zones(out: &mut dyn Write, settings: &Settings) -> io::Result<()> {
+    settings.zones.iter().try_for_each(|(name, zone)| {
+        let elsewhere = match zone.reuse {
+            Reuse::Chain => "that are nowhere in the chain here",
+            Reuse::Account => "that are nowhere in the account's chains here (reuse)",
+        };
+        writeln!(out, "# zone {name}: qchain copy asks {} for blocks {elsewhere}", zone.url)
+    })
 }
 
 /// What the service begins by itself, in words.

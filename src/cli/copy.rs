@@ -12,7 +12,9 @@ use super::output::{Table, human};
 use super::{members, stores, values};
 use crate::cloudstack::paths::checkpoint_of;
 use crate::ids::{Digest, StorePath};
-use crate::ops::copy::{Copied, CopyReport, Destination, LocalPeer, Outcome, Peer, Renaming, Request, copy};
+use crate::ops::copy::{
+    Copied, CopyReport, Destination, LocalPeer, Outcome, Peer, Renaming, Request, Reuse, copy,
+};
 use crate::ops::document::Document;
 use crate::ops::{Result as OpResult, Work};
 use crate::peer::HttpPeer;
@@ -76,6 +78,11 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
         read: args.read,
         renamings: args.renamings.clone(),
         checkpoints: args.records_out.is_some(),
+        reuse: args
+            .from
+            .as_deref()
+            .and_then(|from| context.zone(from))
+            .map_or(Reuse::Chain, |zone| zone.reuse),
     };
     let pace = Pace::new(args.rate.unwrap_or(context.settings.limits.rate.0));
     let work = Work { progress: context.progress(), cancel: &context.cancel, pace: &pace };

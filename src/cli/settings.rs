@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::values;
+use crate::ops::copy::Reuse;
 use crate::service::schedule::{self, Window};
 
 /// The whole configuration.
@@ -276,13 +277,16 @@ pub struct Zone {
     pub token_file: Option<PathBuf>,
     /// The certificate that its own must lead to, a PEM file.
     pub certificate: Option<PathBuf>,
+    /// What blocks are looked for in here, before the peer is asked for them.
+    #[serde(default)]
+    pub reuse: Reuse,
 }
 
 impl Zone {
     /// With its name.
     pub fn named(&self, name: &str) -> crate::peer::Zone {
-        let Self { url, token_file, certificate } = self.clone();
-        crate::peer::Zone { name: name.to_owned(), url, token_file, certificate }
+        let Self { url, token_file, certificate, reuse } = self.clone();
+        crate::peer::Zone { name: name.to_owned(), url, token_file, certificate, reuse }
     }
 }
 
@@ -422,6 +426,7 @@ mod tests {
         url = "https://qchain.east.example.org:7420"
         token_file = "/etc/qchain/east.token"
         certificate = "/etc/qchain/east.pem"
+        reuse = "chain"
     "#;
 
     #[test]
@@ -433,6 +438,7 @@ mod tests {
         assert_eq!(settings.safety.reader_grace, Grace(None));
         assert_eq!(settings.safety.in_place, InPlace::Auto);
         assert_eq!(settings.policy, super::Policy::default());
+        assert_eq!(settings.zones["east"].reuse, super::Reuse::default());
         // What `config check` prints can be read again.
         let printed = toml::to_string(&settings).unwrap();
         assert!(Settings::parse(&printed).is_ok(), "{printed}");
@@ -448,6 +454,7 @@ mod tests {
             "[policy]\nmax_len = 3",
             "[policy]\nreclaim = \"sometimes\"",
             "[schedule]\nwindow = \"1-5\"",
+            "[zones.east]\nurl = \"https://a\"\nreuse = \"everybody\"",
         ] {
             assert!(Settings::parse(bad).is_err(), "{bad}");
         }

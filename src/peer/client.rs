@@ -12,7 +12,7 @@ use serde::Deserialize;
 use tokio::runtime::Runtime;
 
 use super::connection::{Connections, Sender};
-use super::wire::{BlocksRequest, Chain, FrameFault, Frames, HEAD_LENGTH, MOST_JSON, encoded};
+use super::wire::{BlocksRequest, Chain, FrameFault, Frames, HEAD_LENGTH, MOST_JSON, SEAL, encoded, seal};
 use super::zone::Zone;
 use crate::cloudstack::checkpoint::MAX_BYTES as MAX_CHECKPOINT;
 use crate::failure::{Code, Kind};
@@ -243,15 +243,42 @@ impl HttpPeer {
         })
     }
 
+    /// Does something once more that was refused: what was refused need not be what was asked for, after what a line may
+    /// have done to it.
+    fn twice<T>(&self, mut once: impl FnMut() -> Result<T>) -> Result<T> {
+        match once() {
+            Err(OpError::Peer { again: false, .. }) => {
+                self.connections.forget();
+                once()
+            }
+            done => done,
+        }
+    }
+
+    /// An answer of at most so many bytes, to this very request.
     fn get(&self, path: &str, most: u64) -> Result<Vec<u8>> {
-        self.runtime.block_on(async {
-            let answer = self.send(Method::GET, path, None).await?;
-            let (sender, response) = self.answered(answer).await?;
-            self.whole(sender, response, most).await
+        self.twice(|| {
+            self.runtime.block_on(async {
+                let answer = self.send(Method::GET, path, None).await?;
+                let (sender, response) = self.answered(answer).await?;
+                let given = response.headers().get(SEAL).and_then(|given| given.to_str().ok());
+                let given = given.map(str::to_owned);
+                let bytes = self.whole(sender, response, most).await?;
+                if given != Some(seal(path, &bytes).to_string()) {
+                    self.connections.forget();
+                    return Err(wrong(&self.name, "its answer is not what its seal says"));
+                }
+                Ok(bytes)
+            })
         })
     }
 
-    async fn frames(&self, text: &str, most: u64, take: Take<'_>) -> Result<()> {
+    async fn frames(
+        &self,
+        text: &str,
+        most: u64,
+        take: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let answer = self.send(Method::POST, "/v1/peer/blocks", Some(text)).await?;
         let (sender, response) = self.answered(answer).await?;
         let mut left = self.length(&response, most)?;
@@ -284,6 +311,10 @@ impl Peer for HttpPeer {
         let bytes = self.get(&format!("/v1/peer/chain?member={}", encoded(member)), MOST_JSON)?;
         let chain = Chain::decode(&bytes);
         let chain = chain.map_err(|error| wrong(&self.name, format!("it gave no chain: {error}")))?;
+        let asked = member.split_once(':').map_or(member, |(_, path)| path);
+        if chain.members.last().is_some_and(|last| last.member.as_str() != asked) {
+            return Err(wrong(&self.name, format!("it gave another member than {member}")));
+        }
         Ok(chain.members)
     }
 
@@ -307,7 +338,19 @@ impl Peer for HttpPeer {
         let text = serde_json::to_string(&request).map_err(|error| usage(error.to_string()))?;
         let blocks: u64 = ranges.iter().map(|range| range.count).sum();
         let most = blocks.saturating_mul(BLOCK_BYTES + HEAD_LENGTH as u64);
-        self.runtime.block_on(self.frames(&text, most, take))
+        let asked =
+            |block| ranges.iter().any(|range| (range.first..range.first + range.count).contains(&block));
+        self.twice(|| {
+            let take = &mut |block, bytes: &[u8]| {
+                // An answer to something else, say: what follows it on this connection would be, too.
+                if asked(block) {
+                    take(block, bytes)
+                } else {
+                    Err(wrong(&self.name, "it gave blocks that were not asked for"))
+                }
+            };
+            self.runtime.block_on(self.frames(&text, most, take))
+        })
     }
 
     fn checkpoint(&self, of: &LineMember) -> Result<Option<Vec<u8>>> {

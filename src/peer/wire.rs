@@ -4,17 +4,21 @@
 //! |---|---|
 //! | `GET /v1/peer/chain?member=` | [`Chain`]: the members that it stands on, base first |
 //! | `GET /v1/peer/table?member=&digest=&table=&offset=&length=` | bytes of its leaf table |
-//! | `POST /v1/peer/blocks` with [`BlocksRequest`] | frames, one a block, in the order asked for |
+//! | `POST /v1/peer/blocks` with [`BlocksRequest`] | frames, one a block, in the order in which the blocks lie in the files |
 //! | `GET /v1/peer/checkpoint?member=&digest=` | its checkpoint file |
 //!
 //! A frame: the block's number in 8 bytes, a word of 4, little-endian both, and so many bytes as the word's lower 31 bits
-//! say: the block's 65,536, or, with bit 31 set, those compressed by zstd.
+//! say: the block's 65,536, or, with bit 31 set, those compressed by zstd. Each block proves itself by its leaf. All other
+//! answers have the header [`SEAL`]: the BLAKE3 of the request's path and query, a line feed, and the answer's bytes. So what a
+//! line changed, or answered to another request, is noticed where there is no TLS, too.
 
+use hyper::body::Bytes;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::ids::Digest;
 use crate::ops::copy::LineMember;
+use crate::ops::copy::offer::Given;
 use crate::store::manifest::Blocks;
 use crate::units::BLOCK_LENGTH;
 
@@ -24,6 +28,17 @@ pub const HEAD_LENGTH: usize = 12;
 const COMPRESSED: u32 = 1 << 31;
 /// The longest message in JSON, in bytes.
 pub const MOST_JSON: u64 = 16 << 20;
+
+/// The header that says what an answer was when it was given.
+pub const SEAL: &str = "qchain-seal";
+
+/// The seal of an answer to a request for that path and query.
+#[must_use]
+pub fn seal(target: &str, bytes: &[u8]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(target.as_bytes()).update(b"\n").update(bytes);
+    Digest(*hasher.finalize().as_bytes())
+}
 
 /// The line of a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -106,16 +121,40 @@ impl BlocksRequest {
     }
 }
 
-/// A block as a frame; compressed if that makes it smaller by an eighth at least.
+/// Blocks that have room for the heads of frames before them, as frames; compressed where that makes one smaller by an
+/// eighth at least. Where nothing does, nothing is copied.
 #[must_use]
-pub fn frame(block: u64, bytes: &[u8], plain: bool) -> Vec<u8> {
-    let packed = if plain { None } else { packed(bytes) };
-    let (flag, body) = packed.as_deref().map_or((0, bytes), |packed| (COMPRESSED, packed));
-    let mut frame = Vec::with_capacity(HEAD_LENGTH + body.len());
-    frame.extend_from_slice(&block.to_le_bytes());
-    frame.extend_from_slice(&(u32::try_from(body.len()).unwrap_or_default() | flag).to_le_bytes());
-    frame.extend_from_slice(body);
-    frame
+pub fn framed(mut given: Given, plain: bool) -> Bytes {
+    let mut bodies = Vec::new();
+    for (block, frame) in given.iter_mut() {
+        let Some((head, body)) = frame.split_first_chunk_mut::<HEAD_LENGTH>() else { continue };
+        let packed = if plain { None } else { packed(body) };
+        *head = head_of(block, packed.as_ref().map_or((0, body.len()), |packed| (COMPRESSED, packed.len())));
+        bodies.push(packed);
+    }
+    if bodies.iter().all(Option::is_none) {
+        return Bytes::from_owner(given);
+    }
+    let mut frames = Vec::new();
+    for ((_, frame), packed) in given.iter_mut().zip(bodies) {
+        match packed {
+            Some(packed) => {
+                frames.extend_from_slice(frame.get(..HEAD_LENGTH).unwrap_or_default());
+                frames.extend_from_slice(&packed);
+            }
+            None => frames.extend_from_slice(frame),
+        }
+    }
+    Bytes::from(frames)
+}
+
+/// What a frame begins with.
+fn head_of(block: u64, (flag, length): (u32, usize)) -> [u8; HEAD_LENGTH] {
+    let mut head = [0; HEAD_LENGTH];
+    let word = u32::try_from(length).unwrap_or_default() | flag;
+    let bytes = block.to_le_bytes().into_iter().chain(word.to_le_bytes());
+    head.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    head
 }
 
 fn packed(bytes: &[u8]) -> Option<Vec<u8>> {
@@ -241,7 +280,15 @@ pub fn encoded(text: &str) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{FrameFault, Frames, HEAD_LENGTH, frame};
+    use super::{COMPRESSED, FrameFault, Frames, HEAD_LENGTH, head_of, packed};
+
+    /// A block as a frame.
+    fn frame(block: u64, bytes: &[u8], plain: bool) -> Vec<u8> {
+        match packed(bytes).filter(|_| !plain) {
+            Some(packed) => [&head_of(block, (COMPRESSED, packed.len()))[..], &packed].concat(),
+            None => [&head_of(block, (0, bytes.len()))[..], bytes].concat(),
+        }
+    }
 
     fn read(bytes: &[u8], step: usize) -> Result<Vec<(u64, Vec<u8>)>, FrameFault> {
         let (mut frames, mut found) = (Frames::default(), Vec::new());
@@ -282,7 +329,7 @@ mod tests {
         #[test]
         fn a_bomb_is_no_block(length in 65_537usize..2_000_000) {
             let packed = zstd::bulk::compress(&vec![0; length], 1).unwrap();
-            let word = u32::try_from(packed.len()).unwrap() | super::COMPRESSED;
+            let word = u32::try_from(packed.len()).unwrap() | COMPRESSED;
             let bytes = [&1_u64.to_le_bytes()[..], &word.to_le_bytes(), &packed].concat();
             prop_assert_eq!(read(&bytes, 1 << 20).unwrap(), vec![(1, vec![])]);
         }

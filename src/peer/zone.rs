@@ -7,6 +7,7 @@ use hyper::Uri;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use crate::ops::copy::Reuse;
 use crate::ops::copy::plan::usage;
 use crate::ops::{OpError, Result};
 
@@ -24,6 +25,8 @@ pub struct Zone {
     pub token_file: Option<PathBuf>,
     /// The certificate that its own must lead to, a PEM file.
     pub certificate: Option<PathBuf>,
+    /// What blocks are looked for in here, before it is asked for them.
+    pub reuse: Reuse,
 }
 
 /// Where a zone's service is.
@@ -101,10 +104,11 @@ impl Zone {
 
 #[cfg(test)]
 mod tests {
-    use super::{Address, Zone};
+    use super::{Address, Reuse, Zone};
 
     fn zone(url: &str) -> Zone {
-        Zone { name: "east".to_owned(), url: url.to_owned(), token_file: None, certificate: None }
+        let (name, url) = ("east".to_owned(), url.to_owned());
+        Zone { name, url, token_file: None, certificate: None, reuse: Reuse::Chain }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::support::chains::assert_true;
 use super::support::rot::rot;
 use super::support::world::World;
 use super::support::zones::{
-    Line, PEER, Then, copy, giving, know, path, pull, same_as, serve, taking, temporaries, truth,
+    Line, PEER, Then, copy, giving, know, path, pull, random, same_as, serve, taking, temporaries, truth,
 };
 
 const MIB: u64 = 1 << 20;
@@ -33,9 +33,6 @@ fn noisy() -> World {
     world.make("c", "b", &["write -P 3 5M 128k", "write -c -P 4 6M 64k"]);
     giving(world, &["a", "b", "c"])
 }
-
-/// Bytes that have to come: 6 MiB of `a`, what is elsewhere in `b`, and little else.
-const NEEDED: u64 = 7 * MIB;
 
 /// What a line does to some bytes now and then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +97,32 @@ fn lines_with_faults_delay_and_nothing_else() {
         }
         assert!(last["copied"].is_array(), "{fault:?} {every}: {last}");
         same_as(&west, &east, &["a", "b", "c"]);
-        if every >= 700_000 && fault != Fault::Repeat {
-            assert!(line.came() < NEEDED + NEEDED / 4, "{fault:?} {every}: {} bytes came", line.came());
-        }
+    }
+}
+
+#[test]
+fn what_faults_cost_is_a_twentieth_at_most() {
+    let east = random(64);
+    let served = serve(&east, "");
+    let bring = |line: &Line| {
+        let west = taking();
+        know(&west, &line.url(), PEER, "");
+        let (exit, report) = pull(&west, &[&path("inc")]);
+        assert_eq!(exit, 0, "{report}");
+        same_as(&west, &east, &["base", "inc"]);
+        line.came()
+    };
+    let needed = bring(&Line::plain(&served.address));
+    // A block that is not what it should be is sent again whole, so a wrong bit in every MiB costs a sixteenth whatever is done; a cut
+    // half a block, and here half of what the line held. Behind what came twice nothing of an answer of 4 blocks can be told apart.
+    let cases = [(Fault::Cut, 2 * MIB), (Fault::Corrupt, 2 * MIB), (Fault::Repeat, 8 * MIB)];
+    for (fault, every) in cases {
+        let sent = bring(&faulty(&served.address, fault, every));
+        println!("{fault:?} every {every} bytes: {sent} bytes came, {needed} are needed");
+        assert!(
+            sent * 100 <= needed * 105,
+            "{fault:?} every {every}: {sent} bytes came, {needed} are needed"
+        );
     }
 }
 
@@ -157,19 +177,19 @@ fn damage_at_the_giving_side_does_not_cross() {
 
 #[test]
 fn what_was_cut_is_not_sent_again() {
-    let east = noisy();
+    let east = random(64);
     let served = serve(&east, "");
     let line = Line::to(&served.address, Duration::ZERO, |before, bytes| {
         if (before + bytes.len() as u64) / MIB > before / MIB { Then::Cut } else { Then::More }
     });
     let west = taking();
     know(&west, &line.url(), PEER, "");
-    let (exit, report) = pull(&west, &[&path("c")]);
+    let (exit, report) = pull(&west, &[&path("inc")]);
     assert_eq!(exit, 0, "{report}");
-    same_as(&west, &east, &["a", "b", "c"]);
+    same_as(&west, &east, &["base", "inc"]);
     let sent: u64 =
         report["copied"].as_array().unwrap().iter().map(|one| one["blocks_sent"].as_u64().unwrap()).sum();
-    assert!(line.came() <= sent * 65536 * 115 / 100, "{} bytes came for {sent} blocks", line.came());
+    assert!(line.came() <= sent * 65536 * 105 / 100, "{} bytes came for {sent} blocks", line.came());
 }
 
 #[test]
@@ -268,7 +288,7 @@ impl Liar {
                         }
                         let mut body = vec![0; length];
                         if lines.read_exact(&mut body).is_err()
-                            || client.write_all(&answer(&first, &body)).is_err()
+                            || client.write_all(&sealed(&first, answer(&first, &body))).is_err()
                         {
                             return;
                         }
@@ -287,19 +307,43 @@ impl Drop for Liar {
     }
 }
 
+/// Stands for the seal of an answer until it is known to what it is one.
+const SEAL: &str = "----------------------------the-seal----------------------------";
+
 fn ok(body: &[u8]) -> Vec<u8> {
-    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!("HTTP/1.1 200 OK\r\nqchain-seal: {SEAL}\r\nContent-Length: {}\r\n\r\n", body.len());
     [head.as_bytes(), body].concat()
+}
+
+/// An answer to that request, with its seal: who lies does that well.
+fn sealed(line: &str, mut answer: Vec<u8>) -> Vec<u8> {
+    let place = answer.windows(SEAL.len()).position(|window| window == SEAL.as_bytes());
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
+    if let (Some(place), Some(end)) = (place, end) {
+        let target = line.split(' ').nth(1).unwrap();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(target.as_bytes()).update(b"\n").update(&answer[end + 4..]);
+        answer[place..place + SEAL.len()].copy_from_slice(hasher.finalize().to_hex().as_bytes());
+    }
+    answer
 }
 
 #[test]
 fn peers_that_lie_are_refused_and_leave_nothing() {
     let east = noisy();
     let served = serve(&east, "");
-    let honest = served.send("GET", &format!("/v1/peer/chain?member={}", path("a")), PEER, None).is(200);
+    let line_of =
+        |name: &str| served.send("GET", &format!("/v1/peer/chain?member={}", path(name)), PEER, None).is(200);
+    let (honest, longer) = (line_of("a"), line_of("b"));
     let edited = |edit: &dyn Fn(&mut Value)| {
         let mut chain = honest.clone();
         edit(&mut chain["members"][0]);
+        ok(chain.to_string().as_bytes())
+    };
+    // What it stands on lies somewhere else.
+    let above = |place: &str| {
+        let mut chain = longer.clone();
+        chain["members"][0]["member"] = place.into();
         ok(chain.to_string().as_bytes())
     };
     let bytes_of = |path: &str| served.send("GET", path, PEER, None).body;
@@ -336,8 +380,15 @@ fn peers_that_lie_are_refused_and_leave_nothing() {
             "another table",
             Box::new(move |line, _| if line.contains("/chain") { chain.clone() } else { bad_table.clone() }),
         ),
-        ("a path of ours", chain_only(edited(&|one| one["member"] = ".qchain/store.json".into()))),
-        ("a path above", chain_only(edited(&|one| one["member"] = "../../etc/passwd".into()))),
+        ("another member", chain_only(edited(&|one| one["member"] = path("b").into()))),
+        ("a path of ours", chain_only(above(".qchain/store.json"))),
+        ("a path above", chain_only(above("../../etc/passwd"))),
+        ("a template", chain_only(above("template/tmpl/2/7/a"))),
+        ("no seal", chain_only(unsealed(&right))),
+        (
+            "another seal",
+            chain_only(String::from_utf8(right.clone()).unwrap().replace(SEAL, &zeros).into_bytes()),
+        ),
         ("a huge disk", chain_only(edited(&|one| one["virtual_bytes"] = (1_u64 << 62).into()))),
         ("many leaves", chain_only(edited(&|one| one["leaves"] = (1_u64 << 40).into()))),
         ("odd clusters", chain_only(edited(&|one| one["cluster_bits"] = 63.into()))),
@@ -357,19 +408,29 @@ fn peers_that_lie_are_refused_and_leave_nothing() {
         ("noise", chain_only(vec![0xff; 100_000])),
     ];
     for (what, answer) in cases {
-        refused(what, answer);
+        let asked = if matches!(what, "a path of ours" | "a path above" | "a template") { "b" } else { "a" };
+        refused(what, asked, answer);
     }
 }
 
-/// A copy from that peer is refused, and leaves nothing.
-fn refused(what: &str, answer: Answer) {
+fn unsealed(answer: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8(answer.to_vec()).unwrap();
+    text.replace(&format!("qchain-seal: {SEAL}\r\n"), "").into_bytes()
+}
+
+/// A copy of a member from that peer is refused, and leaves nothing.
+fn refused(what: &str, asked: &str, answer: Answer) {
     let liar = Liar::new(answer);
     let west = taking();
     know(&west, &format!("http://127.0.0.1:{}", liar.port), PEER, "");
-    let (exit, report) = pull(&west, &[&path("a")]);
+    let (exit, report) = pull(&west, &[&path(asked)]);
     assert_eq!(exit, 3, "{what}: {report}");
     let code = report["error"]["code"].as_str().unwrap();
-    assert!(matches!(code, "peer-wrong" | "bad-name"), "{what}: {report}");
+    assert_eq!(
+        code,
+        if asked == "a" || what == "a path above" { "peer-wrong" } else { "bad-name" },
+        "{what}: {report}"
+    );
     assert!(!west.member("a").exists(), "{what}");
     assert_eq!(temporaries(&west), Vec::<String>::new(), "{what}");
     assert!(!west.root().join("snapshots/2").exists(), "{what}");

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::support::chains::{Kind, NAMES, Numbers, Spec, build};
 use super::support::qemu::{io, text};
 use super::support::world::World;
-use super::support::zones::{adopt, copy, giving, path, same_as, taking, temporaries, truth};
+use super::support::zones::{PEER, adopt, copy, giving, path, same_as, serve, taking, temporaries, truth};
 
 const MIB: u64 = 1 << 20;
 
@@ -207,6 +207,40 @@ fn names_that_are_taken_are_left_alone() {
 
 fn west_directory(west: &World) {
     fs::create_dir_all(west.root().join("snapshots/2/7")).unwrap();
+}
+
+/// What lies scattered is read in the order of the file, not of the guest.
+#[test]
+fn answers_come_in_the_order_of_the_files() {
+    let world = World::new();
+    let writes: Vec<String> =
+        (0..32).map(|step| format!("write -q -P {} {}k 64k", step + 1, step * 13 % 32 * 64)).collect();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    world.make("a", "", &writes[..20]);
+    world.make("b", "a", &writes[20..]);
+    let east = giving(world, &["a", "b"]);
+    let (_, map) = east.run(&["map", &path("b")]);
+    let place = |block: u64| {
+        let runs = map["runs"].as_array().unwrap();
+        let found = runs.iter().find(|run| {
+            let from = run["start"].as_u64().unwrap();
+            (from..from + run["length"].as_u64().unwrap()).contains(&(block * 65536))
+        });
+        let run = found.unwrap();
+        let inside = block * 65536 - run["start"].as_u64().unwrap();
+        (run["member"].as_str().unwrap() < "snapshots/2/7/b", run["offset"].as_u64().unwrap() + inside)
+    };
+    let served = serve(&east, "");
+    let chain = served.send("GET", &format!("/v1/peer/chain?member={}", path("b")), PEER, None).is(200);
+    let digest = &chain["members"][1]["view_digest"];
+    let request = json!({"member": path("b"), "digest": digest, "ranges": [[0, 32]], "plain": true});
+    let body = served.send("POST", "/v1/peer/blocks", PEER, Some(&request)).body;
+    let frames = body.chunks(12 + 65536);
+    let order: Vec<u64> = frames.map(|frame| u64::from_le_bytes(frame[..8].try_into().unwrap())).collect();
+    let places: Vec<(bool, u64)> = order.iter().map(|block| place(*block)).collect();
+    assert_eq!(order.len(), 32);
+    assert!(places.is_sorted(), "{order:?} {places:?}");
+    assert!(!order.is_sorted(), "the test shows nothing");
 }
 
 /// The runbook of the README: another installation gets a replica, and makes a template of it.

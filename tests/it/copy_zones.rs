@@ -1,44 +1,20 @@
 //! `copy` between two services: what crosses the line, tokens, certificates, jobs, kills of either side, merges meanwhile.
 
-use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::support::chains::write_truth;
-use super::support::qemu::{must, text};
 use super::support::service::{LONG, OPERATE, READ, Served};
 use super::support::tls::certificate;
 use super::support::world::World;
 use super::support::zones::{
-    Line, PEER, Then, adopt, giving, know, path, pull, pull_command, same_as, serve, taking, temporaries,
-    truth,
+    Line, PEER, Then, adopt, giving, know, path, pull, pull_command, random, same_as, serve, taking,
+    temporaries, truth,
 };
 
 const MIB: u64 = 1 << 20;
-
-/// A zone whose base has so many MiB that cannot be compressed, and an increment with a hundredth of it.
-fn random(mebibytes: u64) -> World {
-    let world = World::new();
-    let data = world.directory.path().join("data");
-    let mut bytes = vec![0; usize::try_from(mebibytes * MIB).unwrap()];
-    blake3::Hasher::new().update(b"noise").finalize_xof().fill(&mut bytes);
-    fs::write(&data, &bytes).unwrap();
-    let base = world.member("base");
-    must("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&data), text(&base)]);
-    let inc = world.member("inc");
-    must("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base", text(&inc)]);
-    let change = data.with_extension("change");
-    let mut bytes = vec![0; 65536];
-    for step in 0..mebibytes * 16 / 100 {
-        blake3::Hasher::new().update(&step.to_le_bytes()).finalize_xof().fill(&mut bytes);
-        fs::write(&change, &bytes).unwrap();
-        let write = format!("write -q -s {} {} 64k", text(&change), step * 100 * 65536);
-        must("qemu-io", &["-f", "qcow2", "-c", &write, text(&inc)]);
-    }
-    giving(world, &["base", "inc"])
-}
 
 #[test]
 fn only_what_is_missing_crosses() {

@@ -1,7 +1,7 @@
 //! Asking a peer, many requests at once: each answer is checked as it comes, and what was taken stays taken however the
 //! rest of it ends.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,8 +14,8 @@ use crate::ops::{OpError, Result, Work};
 use crate::store::manifest::Blocks;
 use crate::units::BLOCK_BYTES;
 
-/// How often the same is asked for, if nothing of it came.
-const TRIES: u32 = 5;
+/// How often the same is asked for, if nothing came.
+const TRIES: u32 = 6;
 /// How long to wait before the second try, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -75,11 +75,14 @@ pub fn at_once<I: Send>(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
+/// How much of a leaf table one request asks for, in bytes: what is lost with an answer is all of it.
+const TABLE_BYTES: u64 = MOST_TABLE_BYTES / 4;
+
 /// Brings a member's leaf table into a file.
 pub fn table(peer: &dyn Peer, of: &LineMember, file: &dyn StoreFile, work: &Work<'_>) -> Result<()> {
-    let pieces = (0..of.table_bytes.div_ceil(MOST_TABLE_BYTES)).map(|number| {
-        let offset = number * MOST_TABLE_BYTES;
-        Ok((offset, MOST_TABLE_BYTES.min(of.table_bytes - offset)))
+    let pieces = (0..of.table_bytes.div_ceil(TABLE_BYTES)).map(|number| {
+        let offset = number * TABLE_BYTES;
+        Ok((offset, TABLE_BYTES.min(of.table_bytes - offset)))
     });
     at_once(peer.at_once(), pieces, |(offset, length)| {
         work.pace.spend(length, work.cancel);
@@ -147,41 +150,103 @@ fn ranges(rest: &[(usize, u64, Digest)]) -> Vec<Blocks> {
     ranges
 }
 
-/// Asks for blocks until all of them came; gives each on that hashes to what it should. One that does not is asked for
-/// again, without those that do.
+/// How large answers are asked for. An answer may be lost when the line fails, all of it if that happens where its frames
+/// cannot be told apart any more: so one is a small part of all that is wanted, and of what comes between two failures.
+#[derive(Debug)]
+pub struct Answers {
+    most: u64,
+    came: AtomicU64,
+    failures: AtomicU64,
+}
+
+/// Of how many parts of what is wanted an answer is one at most, in blocks, and the least that is asked for together.
+const PARTS: u64 = 64;
+const LEAST_BLOCKS: u64 = 4;
+/// The same of what comes between two failures.
+const PARTS_BETWEEN: u64 = 32;
+
+impl Answers {
+    /// For so many blocks that are wanted.
+    pub fn of(wanted: u64) -> Self {
+        let most = (wanted / PARTS).clamp(LEAST_BLOCKS, MOST_BLOCKS);
+        Self { most, came: AtomicU64::new(0), failures: AtomicU64::new(0) }
+    }
+
+    /// How many blocks are best asked for together.
+    pub fn blocks(&self) -> u64 {
+        match self.failures.load(Ordering::Relaxed) {
+            0 => self.most,
+            failures => {
+                let between = self.came.load(Ordering::Relaxed) / failures;
+                (between / PARTS_BETWEEN).clamp(LEAST_BLOCKS, self.most)
+            }
+        }
+    }
+
+    /// How many blocks came.
+    pub fn came(&self) -> u64 {
+        self.came.load(Ordering::Relaxed)
+    }
+}
+
+/// Asks for blocks until all of them came; gives each on that hashes to what it should. What else comes is passed over,
+/// and what did not come is asked for again, without what did.
 pub fn blocks(
     peer: &dyn Peer,
     of: &LineMember,
     piece: &Piece,
+    answers: &Answers,
     work: &Work<'_>,
     mut take: impl FnMut(u64, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let mut done = vec![false; piece.leaves.len()];
-    stubbornly(work, |further| {
-        let rest = piece.rest(&done);
-        let mut bad = None;
-        let mut expected = rest.iter();
-        work.pace.spend(rest.len() as u64 * BLOCK_BYTES, work.cancel);
-        peer.blocks(of, &ranges(&rest), &mut |block, bytes| {
-            let Some((at, _, wanted)) = expected.next().filter(|(_, wanted, _)| *wanted == block) else {
-                return Err(wrong(peer.name(), format!("it gave block {block} of {}, out of turn", of.name)));
-            };
-            if leaf(bytes) == *wanted {
-                take(block, bytes)?;
-                if let Some(done) = done.get_mut(*at) {
-                    *done = true;
+    let mut left = piece.leaves.len();
+    while left > 0 {
+        stubbornly(work, |further| {
+            let mut rest = piece.rest(&done);
+            rest.truncate(usize::try_from(answers.blocks()).unwrap_or(1));
+            let mut wrong_block = None;
+            work.pace.spend(rest.len() as u64 * BLOCK_BYTES, work.cancel);
+            let (mut count, before) = (0, answers.came());
+            let answer = peer.blocks(of, &ranges(&rest), &mut |block, bytes| {
+                count += 1;
+                if count > rest.len() {
+                    return Err(wrong(
+                        peer.name(),
+                        format!("it gave more blocks of {} than were asked for", of.name),
+                    ));
                 }
-                *further = true;
-            } else {
-                bad = Some(block);
+                let found = rest.binary_search_by_key(&block, |(_, block, _)| *block).ok();
+                let found =
+                    found.and_then(|found| rest.get(found)).filter(|(_, _, wanted)| leaf(bytes) == *wanted);
+                let place = found.and_then(|(at, _, _)| done.get_mut(*at));
+                match place {
+                    // It came twice.
+                    Some(true) => {}
+                    Some(place) => {
+                        take(block, bytes)?;
+                        *place = true;
+                        left -= 1;
+                        answers.came.fetch_add(1, Ordering::Relaxed);
+                    }
+                    None => wrong_block = Some(block),
+                }
+                Ok(work.cancel.check()?)
+            });
+            // As long as anything comes, by whatever request, it goes on.
+            *further = answers.came() > before;
+            if answer.as_ref().is_err_and(may_repeat) {
+                answers.failures.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(work.cancel.check()?)
+            answer?;
+            let missing = rest.iter().find(|(at, _, _)| done.get(*at) == Some(&false));
+            missing.map_or(Ok(()), |(_, block, _)| {
+                let block = wrong_block.unwrap_or(*block);
+                Err(wrong(peer.name(), format!("block {block} of {} is not what its leaf says", of.name)))
+            })
         })?;
-        let missing = bad.or(expected.next().map(|(_, block, _)| *block));
-        missing.map_or(Ok(()), |block| {
-            Err(wrong(peer.name(), format!("block {block} of {} is not what its leaf says", of.name)))
-        })
-    })
+    }
+    Ok(())
 }
 
 /// What a file of this side failed with.

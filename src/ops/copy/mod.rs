@@ -8,13 +8,14 @@
 //! | `need` | which blocks differ from what is here, by leaf tables |
 //! | `fetch` | asking, many requests in flight, checked as answers come |
 //! | `fill` | every block into its place: from here, or asked for |
+//! | [`reuse`] | other members of the account, which may have blocks, too |
 //! | `arrival` | the file in the making, its name |
 //! | `proof` | the sealed file, parsed again; its manifest |
 //! | [`report`] | what came |
 //!
 //! Each member comes as a delta over the one that it stands on here, with its own cluster size, in the layout of
 //! [`crate::qcow2::layout::canonical`]: all that differs from the view below, and nothing else. What is asked for is
-//! what is nowhere in that line. The structure below an equal view is each side's own affair.
+//! what is nowhere in that line, nor, if that is wanted, in the account. The structure below an equal view is each side's own affair.
 //!
 //! A block is hashed when it comes and written only if it is right; the name is given when the sealed file, parsed
 //! again, has every block where it was put and the view digest follows from its leaves. Bytes are not read back unless
@@ -34,6 +35,7 @@ pub mod peer;
 pub mod plan;
 mod proof;
 pub mod report;
+pub mod reuse;
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -50,7 +52,6 @@ use crate::ops::{OpError, Result, Work};
 use crate::qcow2::Image as Qcow2Image;
 use crate::qcow2::layout::Backing;
 use crate::qcow2::layout::canonical::{Canonical, Form as ImageForm};
-use crate::qcow2::layout::hostset::HostSet;
 use crate::store::StoreError;
 use crate::store::chain::OpenChain;
 use crate::store::manifest::leaves::{self, LeafFile};
@@ -61,12 +62,15 @@ use crate::store::scan::{Incoming, Scan};
 use crate::store::stream::Source;
 use crate::units::{BLOCK_BYTES, ClusterBits};
 use arrival::{Arrival, Image};
+use fill::Ours;
 use need::{Need, Tables};
 pub use offer::{LineMember, MOST_BLOCKS, MOST_TABLE_BYTES, Offer};
 pub use peer::{LocalPeer, Peer};
 pub use plan::Renaming;
 use plan::{Standing, check_line, destination, first_needed};
 pub use report::{Copied, CopyReport, Outcome};
+use reuse::Account;
+pub use reuse::Reuse;
 
 /// What is wanted.
 #[derive(Clone, Debug, Default)]
@@ -84,6 +88,8 @@ pub struct Request {
     pub renamings: Vec<Renaming>,
     /// Bring checkpoint files, too; where the volume here has some that is done anyway.
     pub checkpoints: bool,
+    /// What blocks are looked for in, before they are asked for.
+    pub reuse: Reuse,
 }
 
 /// Where members go.
@@ -117,8 +123,10 @@ pub fn copy(
         let run = Run { peer, to, request, work };
         let mut tries = 0;
         loop {
-            let line = fetch::stubbornly(work, |_| peer.line(member))?;
-            check_line(peer.name(), &line)?;
+            let line = fetch::stubbornly(work, |_| {
+                let line = peer.line(member)?;
+                check_line(peer.name(), &line).map(|()| line)
+            })?;
             match run.line(&line, &scan()?, &mut report) {
                 // Something was merged there meanwhile, and what is left of the line has the same views; or somebody else
                 // brought a part of it.
@@ -134,6 +142,8 @@ pub fn copy(
 
 /// How often a line is looked at anew that changes while it is copied.
 const TRIES: u32 = 4;
+/// How often a leaf table is asked for that turns out to be another one.
+const TABLE_TRIES: u32 = 2;
 /// What the names of leaf tables in the making begin with.
 const LEAVES: &str = "leaves";
 
@@ -209,10 +219,15 @@ impl Run<'_> {
             Some(path) => self.below(path, scan)?,
             None => Below::default(),
         };
+        // Of the account of what was asked for, whatever else the peer counts to its line.
+        let account =
+            targets.last().and_then(reuse::account).filter(|_| self.request.reuse == Reuse::Account);
         for (index, (one, target)) in line.iter().zip(&targets).enumerate().skip(first) {
             let under = line.get(..index).unwrap_or_default();
             let before = self.peer.received_bytes();
-            let mut copied = self.member(one, under, target, &mut below)?;
+            let account = account.filter(|account| reuse::account(target) == Some(*account));
+            let account = account.map(|account| Account::of(self, &ground, account, &below)).transpose()?;
+            let mut copied = self.member(one, under, target, &mut below, account)?;
             if copied.outcome == Outcome::Copied {
                 copied.bytes_on_wire = self.peer.received_bytes().saturating_sub(before);
             }
@@ -308,6 +323,7 @@ impl Run<'_> {
         under: &[LineMember],
         target: &StorePath,
         below: &mut Below,
+        account: Option<Account<'_>>,
     ) -> Result<Copied> {
         let arrival = Arrival::begin(self.to, target.clone(), one.view_digest)?;
         if self.to.site.stores.get(self.to.store)?.backend().stat(target).is_ok() {
@@ -315,7 +331,7 @@ impl Run<'_> {
             let (member, message) = (self.display(target), "somebody else brought it meanwhile".to_owned());
             return Err(OpError::Refused { code: Code::ChangedMeanwhile, member, message });
         }
-        let done = self.bring(&arrival, one, under, below);
+        let done = self.bring(&arrival, one, under, below, account);
         match done.as_ref().map_err(failure_code) {
             Ok(_) if self.request.dry_run => arrival.clear(LEAVES),
             // It has its name, or is nothing that anybody could go on with.
@@ -331,6 +347,7 @@ impl Run<'_> {
         one: &LineMember,
         under: &[LineMember],
         below: &mut Below,
+        account: Option<Account<'_>>,
     ) -> Result<Copied> {
         let mut own = self.table(arrival, one)?;
         // A member that stands alone shows what all those show that it stands on there.
@@ -352,9 +369,9 @@ impl Run<'_> {
         let mut copied = self.told(one, &arrival.target, Outcome::Planned);
         copied.parent = below.keys.last().filter(|_| !alone).map(|key| self.to.site.stores.display(key));
         if self.request.dry_run {
-            let here = tables.here(&need.wanted, &HostSet::default()).map_err(failed)?;
-            copied.blocks_present = here.len() as u64 + need.filled.len();
-            copied.blocks_sent = need.wanted.len().saturating_sub(here.len() as u64);
+            let here = self.count_here(one, &need, &mut tables, &Ours::new(below, account))?;
+            copied.blocks_present = here + need.filled.len();
+            copied.blocks_sent = need.wanted.len().saturating_sub(here);
             copied.bytes_on_wire = one.table_bytes + copied.blocks_sent * BLOCK_BYTES;
             // What is put on it later is told as if this were here.
             below.tables = lower;
@@ -368,7 +385,8 @@ impl Run<'_> {
         let file = arrival.file(&what, layout.length())?;
         arrival.room(layout.stored_bytes().saturating_sub(allocated(file.as_ref())))?;
         let image = Image::new(&layout, file.as_ref());
-        copied.blocks_sent = self.fill(&image, one, &need, &mut tables, below)?;
+        let mut ours = Ours::new(below, account);
+        copied.blocks_sent = self.fill(&image, one, &need, &mut tables, &mut ours)?;
         copied.blocks_present = image.count().saturating_sub(copied.blocks_sent);
         arrival.check()?;
         image.seal()?;
@@ -400,9 +418,15 @@ impl Run<'_> {
         if let Ok(table) = arrival.open_table(&what, one)? {
             return Ok(table);
         }
-        fetch::table(self.peer, one, file.as_ref(), self.work)?;
-        let opened = arrival.open_table(&what, one)?;
-        opened.map_err(|why| peer::wrong(self.peer.name(), format!("{}: {why}", one.name)))
+        let mut why = String::new();
+        for _ in 0..TABLE_TRIES {
+            fetch::table(self.peer, one, file.as_ref(), self.work)?;
+            match arrival.open_table(&what, one)? {
+                Ok(table) => return Ok(table),
+                Err(fault) => why = fault,
+            }
+        }
+        Err(peer::wrong(self.peer.name(), format!("{}: {why}", one.name)))
     }
 
     /// Brings a member's checkpoint file, unless there is one, before the member. Gives whether there is one now.

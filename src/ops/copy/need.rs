@@ -3,9 +3,10 @@
 //! Both sides are leaf tables: nothing but what differs gets a place in the new file, so a member whose view equals that
 //! of its parent has none, however the other side keeps it.
 //!
-//! Memory: some bits a block that differs; 48 bytes a block for at most [`MOST_INDEXED`] of them.
+//! Memory: some bits a block that differs; 56 bytes a block for at most [`WINDOW_BLOCKS`] of them at a time: 56 MiB. The index
+//! is of what is wanted, and tables are gone through: so it does not matter how much is here.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::digest::view::{Leaves as _, Seen, view_digest, walk};
 use crate::digest::{block_count, zero_leaf};
@@ -14,8 +15,8 @@ use crate::qcow2::layout::hostset::{Collecting, HostSet};
 use crate::store::manifest::leaves::{LeafError, LeafFile};
 use crate::units::{BLOCK_BYTES, ClusterBits};
 
-/// Of how many blocks it is looked up whether they are here already; of the rest of a very large member it is not.
-const MOST_INDEXED: usize = 2 << 20;
+/// Of how many blocks that are wanted it is looked up at once whether they are here already.
+const WINDOW_BLOCKS: usize = 1 << 20;
 
 /// How many leaves are read in one go.
 const STEP_BLOCKS: u64 = 4096;
@@ -34,13 +35,90 @@ pub struct Need {
     pub filled: HostSet,
 }
 
-/// Where a block may be had without asking.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+impl Need {
+    /// The blocks that are wanted, in windows.
+    pub fn windows(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let ranks = (0..self.wanted.len()).step_by(WINDOW_BLOCKS);
+        ranks.filter_map(|rank| {
+            let end = self.wanted.select(rank.saturating_add(WINDOW_BLOCKS as u64));
+            Some(self.wanted.select(rank)?..end.unwrap_or(u64::MAX))
+        })
+    }
+
+    /// The blocks of a window.
+    pub fn blocks(&self, window: &Range<u64>) -> impl Iterator<Item = u64> + '_ {
+        let Range { start, end } = *window;
+        let runs = self.wanted.runs().map(move |(first, count)| first.max(start)..(first + count).min(end));
+        runs.flatten()
+    }
+}
+
+/// Where a block may be had without asking: by the order in which they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Here {
     /// That block of the view of a member below, counted from the base.
-    Below(usize, u64),
+    Below(u32, u64),
+    /// That block of the view of another member of the account, by its number.
+    Other(u32, u64),
     /// That block of the new member itself.
     Itself(u64),
+}
+
+/// A block that is here: its number, what it hashes to, and where it is.
+pub type Found = (u64, Digest, Here);
+
+/// Which blocks of a window are looked for, by what they hash to, and where they were found.
+#[derive(Debug)]
+pub struct Index(Vec<Entry>);
+
+#[derive(Debug)]
+struct Entry {
+    leaf: Digest,
+    block: u64,
+    here: Option<Here>,
+}
+
+impl Index {
+    fn new(mut entries: Vec<Entry>) -> Self {
+        entries.sort_unstable_by_key(|entry| (entry.leaf, entry.block));
+        Self(entries)
+    }
+
+    /// Whether there is nothing left to be found.
+    pub fn is_complete(&self) -> bool {
+        self.0.iter().all(|entry| entry.here.is_some())
+    }
+
+    /// Goes through a leaf table; `place` says what a block of its member is.
+    pub fn look_through(&mut self, table: &mut LeafFile, place: impl Fn(u64) -> Here) -> Result<()> {
+        table.rewind();
+        while let Some(run) = table.next_run()? {
+            for block in (run.first..run.end()).filter(|_| !run.zero) {
+                self.note(table.leaf(block)?, place(block));
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, leaf: Digest, here: Here) {
+        let from = self.0.partition_point(|entry| entry.leaf < leaf);
+        for entry in self.0.iter_mut().skip(from).take_while(|entry| entry.leaf == leaf) {
+            entry.here.get_or_insert(here);
+        }
+    }
+
+    /// What was found, in the order in which it is best read. A block that is wanted several times is taken once.
+    pub fn finish(mut self) -> Vec<Found> {
+        for same in self.0.chunk_by_mut(|one, other| one.leaf == other.leaf) {
+            if let Some((Entry { block, here: None, .. }, rest)) = same.split_first_mut() {
+                rest.iter_mut().for_each(|entry| entry.here = Some(Here::Itself(*block)));
+            }
+        }
+        let found = self.0.into_iter().filter_map(|entry| Some((entry.block, entry.leaf, entry.here?)));
+        let mut found: Vec<Found> = found.collect();
+        found.sort_unstable_by_key(|(block, _, here)| (*here, *block));
+        found
+    }
 }
 
 /// The leaf tables of a line, base first, and that of the member on it.
@@ -163,47 +241,33 @@ impl Tables<'_> {
         Ok((wanted, changed))
     }
 
-    /// Where blocks that are wanted and not there yet may be had here: by their leaves in the tables below, or a second
-    /// time in the member itself.
-    pub fn here(&mut self, wanted: &HostSet, there: &HostSet) -> Result<BTreeMap<u64, Here>> {
-        let mut index: Vec<(u128, u64)> = Vec::new();
-        for (first, count) in wanted.runs() {
-            let end = first + count;
-            let mut at = first;
-            while at < end && index.len() < MOST_INDEXED {
+    /// An index of a window's blocks that are not there yet; of those that lie below, where, unless that is elsewhere.
+    pub fn index(
+        &mut self,
+        need: &Need,
+        window: &Range<u64>,
+        there: &HostSet,
+        elsewhere: bool,
+    ) -> Result<Index> {
+        let mut entries: Vec<Entry> = Vec::new();
+        for (first, count) in need.wanted.runs() {
+            let end = (first + count).min(window.end);
+            let mut at = first.max(window.start);
+            while at < end {
                 let step = STEP_BLOCKS.min(end - at);
                 let leaves = self.leaves(at, step)?;
                 let missing = (at..).zip(&leaves).filter(|(block, _)| !there.contains(*block));
-                index.extend(missing.map(|(block, leaf)| (key(leaf), block)));
+                entries.extend(missing.map(|(block, leaf)| Entry { leaf: *leaf, block, here: None }));
                 at += step;
             }
         }
-        index.sort_unstable();
-        let mut found = BTreeMap::new();
-        for (layer, table) in self.below.iter_mut().enumerate().filter(|_| !index.is_empty()) {
-            table.rewind();
-            while let Some(run) = table.next_run()? {
-                if run.zero {
-                    continue;
-                }
-                for block in run.first..run.end() {
-                    let wanted = key(&table.leaf(block)?);
-                    let from = index.partition_point(|(key, _)| *key < wanted);
-                    let same = index.iter().skip(from).take_while(|(key, _)| *key == wanted);
-                    for (_, wanted) in same {
-                        found.entry(*wanted).or_insert(Here::Below(layer, block));
-                    }
-                }
-            }
+        let mut index = Index::new(entries);
+        let looked = !elsewhere && !index.is_complete();
+        let tables = self.below.iter_mut().filter(|_| looked);
+        for (layer, table) in (0..).zip(tables) {
+            index.look_through(table, |block| Here::Below(layer, block))?;
         }
-        for pair in index.chunk_by(|one, other| one.0 == other.0) {
-            if let Some(((_, first), rest)) = pair.split_first()
-                && !found.contains_key(first)
-            {
-                found.extend(rest.iter().map(|(_, block)| (*block, Here::Itself(*first))));
-            }
-        }
-        Ok(found)
+        Ok(index)
     }
 
     /// The leaves that a file of the member decides, run by run: as its own table would have them.
@@ -217,9 +281,24 @@ impl Tables<'_> {
     }
 }
 
-/// Enough of a leaf to look it up by: what is found is hashed before it is used.
-fn key(leaf: &Digest) -> u128 {
-    let mut bytes = [0; 16];
-    bytes.iter_mut().zip(leaf.0).for_each(|(to, from)| *to = from);
-    u128::from_be_bytes(bytes)
+#[cfg(test)]
+mod tests {
+    use super::{Entry, Here, Index};
+    use crate::ids::Digest;
+
+    #[test]
+    fn what_is_found_is_read_in_order_and_taken_once() {
+        let entry = |leaf: u8, block| Entry { leaf: Digest([leaf; 32]), block, here: None };
+        let mut index =
+            Index::new(vec![entry(1, 9), entry(2, 3), entry(1, 4), entry(3, 5), entry(3, 6), entry(4, 7)]);
+        assert!(!index.is_complete());
+        index.note(Digest([2; 32]), Here::Below(1, 70));
+        index.note(Digest([2; 32]), Here::Other(0, 1));
+        index.note(Digest([5; 32]), Here::Below(0, 0));
+        index.note(Digest([1; 32]), Here::Other(0, 8));
+        let found: Vec<(u64, Here)> =
+            index.finish().into_iter().map(|(block, _, here)| (block, here)).collect();
+        let same = Here::Other(0, 8);
+        assert_eq!(found, [(3, Here::Below(1, 70)), (4, same), (9, same), (6, Here::Itself(5))]);
+    }
 }

@@ -15,7 +15,7 @@ use crate::digest::{block_count, leaf};
 use crate::failure::Code;
 use crate::ids::{Digest, StorePath};
 use crate::ops::{OpError, Result};
-use crate::qcow2::{ImageError, Run};
+use crate::qcow2::{Content, ImageError, Run};
 use crate::store::buffers::Buffers;
 use crate::store::manifest::{Blocks, Manifest, leaves};
 use crate::store::scan::{Incoming, Scan};
@@ -27,8 +27,10 @@ use crate::units::{BLOCK_BYTES, BLOCK_LENGTH, GuestOffset};
 pub const MOST_BLOCKS: u64 = 64;
 /// The most bytes of a leaf table that are asked for at once.
 pub const MOST_TABLE_BYTES: u64 = 4 << 20;
-/// How many neighbouring blocks one thread reads in one go.
-const ITEM_BLOCKS: u64 = 4;
+/// How many blocks one thread reads in one go.
+const ITEM_BLOCKS: usize = 4;
+/// How many buffers are kept that nobody needs just now: 16 MiB.
+const MOST_BUFFERS: usize = 64;
 
 /// One member of a line, as manifests have it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -162,8 +164,10 @@ impl Offer {
         Ok(buffer)
     }
 
-    /// Reads blocks of its view, in the order of the ranges. `make` turns each into whatever is given on, on all
-    /// processors; blocks are 64 KiB, the last one padded with zeros.
+    /// Reads blocks of its view, in the order in which they lie in the files: a disk that has to move its head does so in
+    /// one direction, and neighbours come with one read. What is going to be read is told to the stores first, so that all
+    /// of it is under way at once. `make` turns some blocks into whatever is given on, on all processors; each block
+    /// has so many bytes of room before it.
     ///
     /// # Errors
     ///
@@ -172,10 +176,11 @@ impl Offer {
     pub fn blocks<T: Send>(
         &self,
         ranges: &[Blocks],
-        make: impl Fn(u64, &[u8]) -> T + Sync,
-        mut give: impl FnMut(T) -> Result<()>,
+        room: usize,
+        make: impl Fn(Given) -> T + Sync,
+        give: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
-        let mut items = Vec::new();
+        let mut wanted = Vec::new();
         let mut total = 0_u64;
         let blocks = block_count(self.source.virtual_size());
         for range in ranges {
@@ -186,65 +191,84 @@ impl Offer {
                     format!("the view has {blocks} blocks, of which {MOST_BLOCKS} are given at once");
                 return Err(StoreError::Usage { detail }.into());
             }
-            items.extend(self.items(range)?);
+            self.find(range, &mut wanted)?;
         }
-        let read = items.par_iter().with_max_len(1).map(|item| self.read(item, &make));
-        let done = read.collect::<Result<Vec<Vec<T>>>>()?;
+        wanted.sort_by_key(Wanted::place);
+        self.announce(&wanted);
+        let read = wanted.par_chunks(ITEM_BLOCKS).with_max_len(1);
+        let done = read.map(|some| self.read(some, room).map(&make)).collect::<Result<Vec<T>>>()?;
         self.source.unchanged()?;
-        done.into_iter().flatten().try_for_each(&mut give)
+        done.into_iter().try_for_each(give)
     }
 
-    /// The pieces of a range that one thread each reads.
-    fn items(&self, range: &Blocks) -> Result<Vec<Item>> {
+    /// Finds out where the blocks of a range are, and what they hash to.
+    fn find(&self, range: &Blocks, wanted: &mut Vec<Wanted>) -> Result<()> {
+        let at = |block: u64| GuestOffset(block.saturating_mul(BLOCK_BYTES));
         let end = range.first + range.count;
-        let (from, to) = (GuestOffset(range.first * BLOCK_BYTES), GuestOffset(end * BLOCK_BYTES));
-        let runs: Vec<Run> = self
-            .source
-            .chain()
-            .map_range(from, to)
-            .collect::<std::result::Result<_, _>>()
-            .map_err(|source| self.failed(source))?;
-        let mut items = Vec::new();
-        let mut first = range.first;
-        while first < end {
-            let count = ITEM_BLOCKS.min(end - first);
-            let (from, to) = (GuestOffset(first * BLOCK_BYTES), GuestOffset((first + count) * BLOCK_BYTES));
-            let expected = self.source.leaves(first, count)?.unwrap_or_default();
-            let runs = runs.iter().filter_map(|run| run.clip(from, to)).collect();
-            items.push(Item { first, expected, runs });
-            first += count;
+        let map = self.source.chain().map_range(at(range.first), at(end));
+        let runs: Vec<Run> =
+            map.collect::<std::result::Result<_, _>>().map_err(|source| self.failed(source))?;
+        let expected = self.source.leaves(range.first, range.count)?.unwrap_or_default();
+        for (block, expected) in (range.first..end).zip(expected) {
+            let runs = runs.iter().filter_map(|run| run.clip(at(block), at(block + 1))).collect();
+            wanted.push(Wanted { block, expected, runs });
         }
-        Ok(items)
+        Ok(())
     }
 
-    fn read<T>(&self, item: &Item, make: &impl Fn(u64, &[u8]) -> T) -> Result<Vec<T>> {
-        BUFFERS.with(|bytes| self.read_into(item, make, bytes))
+    /// Tells the stores what is going to be read, neighbours as one.
+    fn announce(&self, wanted: &[Wanted]) {
+        let images: Vec<_> = self.source.chain().images().collect();
+        let mut held: Option<(usize, u64, u64)> = None;
+        let tell = |held: Option<(usize, u64, u64)>| {
+            if let Some((layer, from, to)) = held
+                && let Some(image) = images.get(layer)
+            {
+                image.will_read(from, to - from);
+            }
+        };
+        for (layer, from, to) in wanted.iter().flat_map(|one| &one.runs).filter_map(stored) {
+            held = match held {
+                Some((before, start, end)) if before == layer && (start..=end).contains(&from) => {
+                    Some((layer, start, end.max(to)))
+                }
+                before => {
+                    tell(before);
+                    Some((layer, from, to))
+                }
+            };
+        }
+        tell(held);
     }
 
-    fn read_into<T>(
-        &self,
-        item: &Item,
-        make: &impl Fn(u64, &[u8]) -> T,
-        bytes: &mut Vec<u8>,
-    ) -> Result<Vec<T>> {
-        let start = item.first * BLOCK_BYTES;
-        bytes.clear();
-        bytes.resize(item.expected.len() * BLOCK_LENGTH, 0);
-        for run in &item.runs {
-            let from = usize::try_from(run.start.0.saturating_sub(start)).unwrap_or(usize::MAX);
-            let to = from.saturating_add(usize::try_from(run.length).unwrap_or(usize::MAX));
-            if let Some(place) = bytes.get_mut(from..to) {
-                self.source.chain().read_run(run, place).map_err(|source| self.failed(source))?;
+    fn read(&self, some: &[Wanted], room: usize) -> Result<Given> {
+        let length = some.len() * (room + BLOCK_LENGTH);
+        let mut given =
+            Given { bytes: BUFFERS.take(length), room, blocks: some.iter().map(|one| one.block).collect() };
+        for (one, (_, framed)) in some.iter().zip(given.iter_mut()) {
+            let Some(bytes) = framed.get_mut(room..) else { continue };
+            let start = one.block * BLOCK_BYTES;
+            // Runs follow each other; what is behind the view's end is zero.
+            let mut filled = 0;
+            for run in &one.runs {
+                let from = usize::try_from(run.start.0.saturating_sub(start)).unwrap_or(usize::MAX);
+                let to = from.saturating_add(usize::try_from(run.length).unwrap_or(usize::MAX));
+                if let Some(gap) = bytes.get_mut(filled..from) {
+                    gap.fill(0);
+                }
+                if let Some(place) = bytes.get_mut(from..to) {
+                    self.source.chain().read_run(run, place).map_err(|source| self.failed(source))?;
+                    filled = to;
+                }
+            }
+            if let Some(rest) = bytes.get_mut(filled..) {
+                rest.fill(0);
+            }
+            if leaf(bytes) != one.expected {
+                return Err(self.source.blame(one.block).into());
             }
         }
-        let mut done = Vec::with_capacity(item.expected.len());
-        for ((block, bytes), expected) in (item.first..).zip(bytes.chunks(BLOCK_LENGTH)).zip(&item.expected) {
-            if leaf(bytes) != *expected {
-                return Err(self.source.blame(block).into());
-            }
-            done.push(make(block, bytes));
-        }
-        Ok(done)
+        Ok(given)
     }
 
     fn failed(&self, source: ImageError) -> StoreError {
@@ -252,9 +276,58 @@ impl Offer {
     }
 }
 
-/// Some neighbouring blocks.
-struct Item {
-    first: u64,
-    expected: Vec<Digest>,
+/// A block that is wanted.
+#[derive(Debug)]
+struct Wanted {
+    block: u64,
+    expected: Digest,
     runs: Vec<Run>,
+}
+
+impl Wanted {
+    /// Where it lies, or the first part of it that lies somewhere; zeros come last.
+    fn place(&self) -> (usize, u64) {
+        let first = self.runs.iter().find_map(stored);
+        first.map_or((usize::MAX, self.block), |(layer, from, _)| (layer, from))
+    }
+}
+
+/// The layer whose file stores a run, and from where to where.
+fn stored(run: &Run) -> Option<(usize, u64, u64)> {
+    match run.content {
+        Content::Data { layer, host } => Some((layer, host.0, host.0.saturating_add(run.length))),
+        Content::Compressed { layer, cluster } => {
+            let from = cluster.host.0;
+            Some((layer, from, from.saturating_add(cluster.stored_bytes)))
+        }
+        Content::Zero | Content::Below => None,
+    }
+}
+
+/// Some blocks that were read, each with room before it; their memory is used again.
+#[derive(Debug)]
+pub struct Given {
+    bytes: Vec<u8>,
+    room: usize,
+    blocks: Vec<u64>,
+}
+
+impl Given {
+    /// The blocks' numbers, and the bytes of each: the room, then the block, padded with zeros.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut [u8])> {
+        self.blocks.iter().copied().zip(self.bytes.chunks_mut(self.room + BLOCK_LENGTH))
+    }
+}
+
+impl AsRef<[u8]> for Given {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        BUFFERS.put(std::mem::take(&mut self.bytes));
+        BUFFERS.shrink(MOST_BUFFERS);
+    }
 }

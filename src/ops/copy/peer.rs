@@ -32,8 +32,8 @@ pub trait Peer: Send + Sync {
     /// Bytes of a member's leaf table: as many as were asked for, whatever they are.
     fn table(&self, of: &LineMember, offset: u64, length: u64) -> Result<Vec<u8>>;
 
-    /// Blocks of a member's view. They come in the order of the ranges, and no others; what they hold is not looked at.
-    /// Those that were taken before a failure stay taken.
+    /// Blocks of a member's view. They come in the order that suits who gives them; whether they are those that were asked
+    /// for, and what they hold, is not looked at. Those that were taken before a failure stay taken.
     fn blocks(&self, of: &LineMember, ranges: &[Blocks], take: Take<'_>) -> Result<()>;
 
     /// The member's checkpoint file, if it has one.
@@ -134,10 +134,13 @@ impl Peer for LocalPeer {
     fn blocks(&self, of: &LineMember, ranges: &[Blocks], take: Take<'_>) -> Result<()> {
         self.offer(of)?.blocks(
             ranges,
-            |block, bytes| (block, bytes.to_vec()),
-            |(block, bytes)| {
-                self.count(bytes.len());
-                take(block, &bytes)
+            0,
+            |given| given,
+            |mut given| {
+                given.iter_mut().try_for_each(|(block, bytes)| {
+                    self.count(bytes.len());
+                    take(block, bytes)
+                })
             },
         )
     }

@@ -7,12 +7,14 @@ use std::convert::Infallible;
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, Uri, header};
 use axum::response::{IntoResponse as _, Response};
 
 use crate::ops::copy::peer::checkpoint as read_checkpoint;
 use crate::ops::document::SCHEMA;
-use crate::peer::wire::{BlocksRequest, Chain, ChainQuery, CheckpointQuery, TableQuery, frame};
+use crate::peer::wire::{
+    BlocksRequest, Chain, ChainQuery, CheckpointQuery, HEAD_LENGTH, SEAL, TableQuery, framed, seal,
+};
 use crate::service::extract::{Asked, Body as Json, Copier};
 use crate::service::problem::{Problem, ProblemBody};
 use crate::service::state::Shared;
@@ -21,13 +23,16 @@ use crate::store::connect::connect;
 const OCTETS: &str = "application/octet-stream";
 
 /// The members that a member stands on, base first, itself last: what each is, and how long its leaf table is. Needs the
-/// scope `peer`, or `operate`: whoever may look at chains may not read what is in them. Only adopted members are given.
+/// scope `peer`, or `operate`: whoever may look at chains may not read what is in them. Only adopted members are given. The header
+/// `qchain-seal` is the BLAKE3 of the request's path and query, a line feed and the answer's bytes; the same with tables and
+/// checkpoint files.
 #[utoipa::path(get, path = "/v1/peer/chain", tag = "peers", params(ChainQuery), responses(
     (status = 200, description = "The line", body = Chain),
     (status = 403, description = "The token is not good for that member", content_type = "application/problem+json", body = ProblemBody),
 ))]
 pub async fn chain(
     Copier(caller): Copier,
+    uri: Uri,
     State(service): State<Shared>,
     Asked(query): Asked<ChainQuery>,
 ) -> Result<Response, Problem> {
@@ -35,7 +40,7 @@ pub async fn chain(
     let offer = service.blocking(open).await?;
     let chain = Chain { schema: SCHEMA, members: offer.line().to_vec() };
     let bytes = serde_json::to_vec(&chain).map_err(|error| Problem::usage(error.to_string()))?;
-    Ok(bare(bytes, "application/json"))
+    Ok(sealed(&uri, bytes, "application/json"))
 }
 
 /// Bytes of a member's leaf table, at most 4 MiB at once.
@@ -45,6 +50,7 @@ pub async fn chain(
 ))]
 pub async fn table(
     Copier(caller): Copier,
+    uri: Uri,
     State(service): State<Shared>,
     Asked(query): Asked<TableQuery>,
 ) -> Result<Response, Problem> {
@@ -57,14 +63,14 @@ pub async fn table(
         }
         Ok(offer.table(query.offset, query.length)?)
     };
-    Ok(bare(service.blocking(read).await?, OCTETS))
+    Ok(sealed(&uri, service.blocking(read).await?, OCTETS))
 }
 
 /// Blocks of a member's view, at most 64 at once, each held against its leaf before it is given. A block is a frame: its
 /// number in 8 bytes, a word of 4, both little-endian, and so many bytes as the word's lower 31 bits say: 65,536, or, with
 /// bit 31 set, those compressed by zstd.
 #[utoipa::path(post, path = "/v1/peer/blocks", tag = "peers", request_body = BlocksRequest, responses(
-    (status = 200, description = "The frames, in the order asked for", content_type = "application/octet-stream", body = String),
+    (status = 200, description = "The frames, in the order in which the blocks lie in the files", content_type = "application/octet-stream", body = String),
     (status = 409, description = "The member has another view by now", content_type = "application/problem+json", body = ProblemBody),
     (status = 422, description = "A block is damaged: none is given", content_type = "application/problem+json", body = ProblemBody),
 ))]
@@ -78,9 +84,10 @@ pub async fn blocks(
         let mut frames: Vec<Bytes> = Vec::new();
         offer.blocks(
             &request.blocks(),
-            |block, bytes| frame(block, bytes, request.plain),
-            |frame| {
-                frames.push(Bytes::from(frame));
+            HEAD_LENGTH,
+            |given| framed(given, request.plain),
+            |some| {
+                frames.push(some);
                 Ok(())
             },
         )?;
@@ -103,6 +110,7 @@ pub async fn blocks(
 ))]
 pub async fn checkpoint(
     Copier(caller): Copier,
+    uri: Uri,
     State(service): State<Shared>,
     Asked(query): Asked<CheckpointQuery>,
 ) -> Result<Response, Problem> {
@@ -113,7 +121,18 @@ pub async fn checkpoint(
         let found = key.map(|key| read_checkpoint(&stores, key.store, &key.path)).transpose()?;
         found.flatten().ok_or_else(|| Problem::not_found("it has no checkpoint file"))
     };
-    Ok(bare(service.blocking(read).await?, "application/xml"))
+    Ok(sealed(&uri, service.blocking(read).await?, "application/xml"))
+}
+
+/// A body of that kind, with its seal.
+fn sealed(uri: &Uri, bytes: Vec<u8>, kind: &'static str) -> Response {
+    let target = uri.path_and_query().map_or("", |target| target.as_str());
+    let seal = HeaderValue::try_from(seal(target, &bytes).to_string());
+    let mut response = bare(bytes, kind);
+    if let Ok(seal) = seal {
+        response.headers_mut().insert(SEAL, seal);
+    }
+    response
 }
 
 /// A body of that kind.

@@ -18,6 +18,7 @@ pub mod later;
 pub mod libvirt;
 pub mod mariadb;
 pub mod merging;
+pub mod messages;
 pub mod mounts;
 pub mod nfs;
 pub mod onto;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::chains::{assert_true, write_truth};
-use super::qemu::text;
+use super::qemu::{must, text};
 use super::service::{Served, configure};
 use super::world::World;
 
@@ -28,6 +28,28 @@ pub fn giving(world: World, names: &[&str]) -> World {
     }
     adopt(&world);
     world
+}
+
+/// A zone whose base has so many MiB that cannot be compressed, and an increment with a hundredth of it.
+pub fn random(mebibytes: u64) -> World {
+    let world = World::new();
+    let data = world.directory.path().join("data");
+    let mut bytes = vec![0; usize::try_from(mebibytes << 20).unwrap()];
+    blake3::Hasher::new().update(b"noise").finalize_xof().fill(&mut bytes);
+    fs::write(&data, &bytes).unwrap();
+    let base = world.member("base");
+    must("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&data), text(&base)]);
+    let inc = world.member("inc");
+    must("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base", text(&inc)]);
+    let change = data.with_extension("change");
+    let mut bytes = vec![0; 65536];
+    for step in 0..mebibytes * 16 / 100 {
+        blake3::Hasher::new().update(&step.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        fs::write(&change, &bytes).unwrap();
+        let write = format!("write -q -s {} {} 64k", text(&change), step * 100 * 65536);
+        must("qemu-io", &["-f", "qcow2", "-c", &write, text(&inc)]);
+    }
+    giving(world, &["base", "inc"])
 }
 
 /// Adopts all members.

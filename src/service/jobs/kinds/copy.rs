@@ -29,6 +29,7 @@ pub fn run(work: &Work<'_>, request: &CopyRequest) -> Result<Outcome> {
         read: request.read,
         renamings: renamings.collect::<std::result::Result<_, _>>().map_err(usage)?,
         checkpoints: request.checkpoints,
+        reuse: zone.reuse,
     };
     let peer = HttpPeer::new(zone)?;
     let _guard = begin(site, config.witness)?;
