@@ -5,6 +5,7 @@
 //! (of another parent, say) has another name. The header is written last: until then the file is no image.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -34,6 +35,8 @@ pub use crate::change::sweep::COPY_PREFIX;
 const STEP_BLOCKS: u64 = 64;
 /// How much of the tables is written in one go.
 const STEP_BYTES: u64 = 1 << 20;
+/// How many bytes are written before they are sent to the disk.
+const MOST_PENDING: u64 = 64 << 20;
 /// Permissions of a new file: as hypervisors make them.
 const MODE: u32 = 0o644;
 
@@ -274,24 +277,26 @@ pub struct Image<'a> {
     pub file: &'a dyn StoreFile,
     /// Blocks that are in their place.
     there: Mutex<Collecting>,
-    count: std::sync::atomic::AtomicU64,
+    count: AtomicU64,
+    /// Bytes that were written since they were last sent to the disk.
+    pending: AtomicU64,
 }
 
 impl<'a> Image<'a> {
     /// Nothing is known to be in its place.
     pub fn new(layout: &'a Canonical, file: &'a dyn StoreFile) -> Self {
-        Self { layout, file, there: Mutex::default(), count: 0.into() }
+        Self { layout, file, there: Mutex::default(), count: 0.into(), pending: 0.into() }
     }
 
     /// How many blocks are in their place.
     pub fn count(&self) -> u64 {
-        self.count.load(std::sync::atomic::Ordering::Relaxed)
+        self.count.load(Ordering::Relaxed)
     }
 
     fn note(&self, block: u64) {
         let mut there = self.there.lock().unwrap_or_else(PoisonError::into_inner);
         if there.insert(block, 1) {
-            self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -303,6 +308,12 @@ impl<'a> Image<'a> {
         let Some(place) = self.layout.place(guest) else { return Ok(()) };
         self.file.write_at(place, bytes).map_err(failed(self.file))?;
         self.note(block);
+        // The disk works while more comes: else most of it would be left to the end. Whoever comes to this waits, the
+        // others go on.
+        let pending = self.pending.fetch_add(inside, Ordering::Relaxed) + inside;
+        if pending >= MOST_PENDING && self.pending.swap(0, Ordering::Relaxed) >= MOST_PENDING {
+            self.file.sync().map_err(failed(self.file))?;
+        }
         Ok(())
     }
 
