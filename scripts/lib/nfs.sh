@@ -1,5 +1,6 @@
 # Sourced after common.sh, never run. Gives:
 #   need_nfs                install nfs-ganesha, its backend for mounts, and rpcbind
+#   need_qemu_nfs           QEMU's module for nfs://, of the very version that is installed; sets QEMU_MODULE_DIR, or QEMU_NFS_MISSING to a reason
 #   nfs_start DIRECTORY     export it on 127.0.0.1 (needs root); sets NFS_PORT, NFS_MOUNT_PORT, NFS_PID, QCHAIN_NFS_URL and QCHAIN_NFS_DIR
 #   nfs_stop                stop what was started; done by the end of the script at the latest
 #
@@ -13,6 +14,28 @@ need_nfs() {
     need unshare nsenter flock ganesha.nfsd rpcbind
     # The backend is a plugin without a command of its own.
     compgen -G '/usr/lib/*/ganesha/libfsalvfs.so' >/dev/null || install_packages nfs-ganesha-vfs
+}
+
+# The package that has it is of the same version as qemu-utils or is not loaded, and Debian 12 has its newer QEMU in backports, which need
+# not be among the sources: it is fetched from there into a folder of ours, and nothing is installed, so that no QEMU is replaced.
+need_qemu_nfs() {
+    local version release part apt
+    version=$(dpkg-query --show --showformat '${Version}' qemu-utils 2>/dev/null) || version=''
+    # shellcheck disable=SC1091
+    release=$(. /etc/os-release && echo "${VERSION_CODENAME-}")
+    scratch QEMU_NFS
+    chmod 755 "$QEMU_NFS"
+    mkdir "$QEMU_NFS/lists" "$QEMU_NFS/cache" "$QEMU_NFS/modules"
+    for part in "" -backports -updates; do
+        echo "deb http://deb.debian.org/debian $release$part main"
+    done >"$QEMU_NFS/sources"
+    apt=(apt-get -o "Dir::Etc::SourceList=$QEMU_NFS/sources" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$QEMU_NFS/lists" -o "Dir::Cache=$QEMU_NFS/cache")
+    if [[ -n $version && -n $release ]] && (cd "$QEMU_NFS" && "${apt[@]}" update && "${apt[@]}" download "qemu-block-extra=$version" && dpkg-deb --extract qemu-block-extra_*.deb tree) >"$QEMU_NFS/said" 2>&1; then
+        cp "$QEMU_NFS"/tree/usr/lib/*/qemu/block-nfs.so "$QEMU_NFS/modules"
+        export QEMU_MODULE_DIR=$QEMU_NFS/modules
+    else
+        export QEMU_NFS_MISSING="qemu-block-extra ${version:-of no known version} could not be fetched: $(tail -n 1 "$QEMU_NFS/said" 2>/dev/null)"
+    fi
 }
 
 nfs_ended() {
