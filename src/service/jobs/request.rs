@@ -56,6 +56,10 @@ pub struct DeleteRequest {
     /// How to move data.
     #[serde(default)]
     pub mode: Mode,
+    /// You vouch that nobody else, on any host, has the members open: merge in place where no locks prove it, as on an
+    /// export without a mount.
+    #[serde(default)]
+    pub exclusive: bool,
     /// How long deleted members keep their names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grace_seconds: Option<u32>,

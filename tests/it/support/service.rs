@@ -68,6 +68,11 @@ impl Drop for Served {
 
 /// Writes tokens and a configuration beside the store.
 pub fn configure(world: &World, more: &str) {
+    configure_store(world, &format!("path = \"{}\"\nurl = {URL:?}", world.root().display()), more);
+}
+
+/// The same with other lines that say where the store is.
+pub fn configure_store(world: &World, store: &str, more: &str) {
     let directory = world.directory.path();
     let tokens = directory.join("tokens");
     let hash = blake3::hash(OPERATE.as_bytes()).to_hex();
@@ -75,9 +80,8 @@ pub fn configure(world: &World, more: &str) {
     fs::write(&tokens, text).unwrap();
     fs::set_permissions(&tokens, fs::Permissions::from_mode(0o600)).unwrap();
     let text = format!(
-        "[[stores]]\npath = \"{}\"\nurl = {URL:?}\n[safety]\nsettle = \"0s\"\nlease = \"2s\"\nreader_grace = \"0s\"\n\
+        "[[stores]]\n{store}\n[safety]\nsettle = \"0s\"\nlease = \"2s\"\nreader_grace = \"0s\"\n\
          [server]\ntokens = \"{}\"\n{more}",
-        world.root().display(),
         tokens.display()
     );
     fs::write(directory.join("qchain.toml"), text).unwrap();

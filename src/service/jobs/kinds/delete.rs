@@ -51,6 +51,7 @@ fn request_of<'a>(
         records,
         assume_deleted: request.assume_deleted,
         end_of_chain: request.end_of_chain,
+        exclusive: request.exclusive,
         force: request.force,
         ..Request::default()
     })
