@@ -39,7 +39,7 @@ pub(super) struct Written {
 }
 
 /// Makes a call; once more, if the handle was none any more, with the one that the file has now.
-macro_rules! renewed {
+macro_rules! looked_up_again {
     ($access:expr, $call:expr) => {
         match $call.await {
             Err(fault) if fault.is_stale() => {
@@ -75,11 +75,11 @@ impl Access {
     }
 
     /// Reads until there are `length` bytes or the file ends.
-    async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
+    pub(super) async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
         let mut data: Vec<u8> = Vec::new();
         loop {
             let at = offset.saturating_add(data.len() as u64);
-            let more = renewed!(self, self.ask(at, length - data.len()))?;
+            let more = looked_up_again!(self, self.ask(at, length - data.len()))?;
             let (ended, none) = (more.eof, more.data.is_empty());
             if data.is_empty() {
                 data = more.data;
@@ -106,7 +106,7 @@ impl Access {
 
     /// Facts about the file.
     pub(super) async fn stat(&self) -> Result<Stat> {
-        renewed!(self, self.stat_once())
+        looked_up_again!(self, self.stat_once())
     }
 
     async fn stat_once(&self) -> Result<Stat> {
@@ -115,7 +115,7 @@ impl Access {
 
     /// Sets attributes.
     pub(super) async fn set(&self, wanted: &sattr3) -> Result<()> {
-        renewed!(self, self.set_once(wanted))
+        looked_up_again!(self, self.set_once(wanted))
     }
 
     async fn set_once(&self, wanted: &sattr3) -> Result<()> {
@@ -129,7 +129,7 @@ impl Access {
         let mut done = 0;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             let at = offset.checked_add(done as u64).ok_or_else(too_far)?;
-            let told = renewed!(self, self.write_once(at, rest))?;
+            let told = looked_up_again!(self, self.write_once(at, rest))?;
             let count = usize::try_from(told.count).unwrap_or(usize::MAX);
             if count == 0 || count > rest.len() {
                 let text = format!("the server took {count} bytes of {}", rest.len());
@@ -167,7 +167,7 @@ impl Access {
 
     /// Makes durable what the server has of the file; which incarnation of it did.
     pub(super) async fn commit(&self) -> Result<writeverf3> {
-        renewed!(self, self.commit_once())
+        looked_up_again!(self, self.commit_once())
     }
 
     async fn commit_once(&self) -> Result<writeverf3> {

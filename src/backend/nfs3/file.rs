@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use nfs3_client::nfs3_types::nfs3::{nfs_fh3, sattr3};
 
 use super::access::Access;
+use super::ahead::Ahead;
 use super::fault::{Fault, Result as Asked};
 use super::pool::lock;
 use super::resolve::Found;
@@ -33,6 +34,7 @@ pub(super) struct NfsFile {
     writes: Option<Arc<Unstable>>,
     /// What came with the look-up: it answers one question.
     first: Mutex<Option<Stat>>,
+    ahead: Arc<Ahead>,
 }
 
 impl NfsFile {
@@ -56,7 +58,16 @@ impl NfsFile {
     ) -> Self {
         let handle = Arc::new(Mutex::new(found.handle.clone()));
         let key = found.handle.clone();
-        Self { core, path, id: found.stat.id, handle, key, writes, first: Mutex::new(first) }
+        Self {
+            core,
+            path,
+            id: found.stat.id,
+            handle,
+            key,
+            writes,
+            first: Mutex::new(first),
+            ahead: Arc::default(),
+        }
     }
 
     fn access(&self) -> Access {
@@ -161,10 +172,28 @@ impl StoreFile for NfsFile {
         self.core.shared.connections
     }
 
+    fn will_read(&self, offset: u64, length: u64) {
+        if self.kept().is_some() {
+            return;
+        }
+        let part = self.core.shared.read_bytes as u64;
+        for index in 0..length.div_ceil(part) {
+            let skip = index * part;
+            let count = usize::try_from(part.min(length - skip)).unwrap_or_default();
+            if let Some(work) = self.ahead.announce(self.access(), offset.saturating_add(skip), count) {
+                self.core.spawn(work);
+            }
+        }
+    }
+
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let part = self.core.shared.read_bytes;
-        let mut done = 0;
-        for round in buffer.chunks_mut(part.saturating_mul(IN_FLIGHT)) {
+        let mut done = match self.kept() {
+            None => self.ahead.take(self.core.shared.writers.begun(), offset, buffer),
+            Some(_) => 0,
+        };
+        let rest = buffer.get_mut(done..).unwrap_or_default();
+        for round in rest.chunks_mut(part.saturating_mul(IN_FLIGHT)) {
             let wanted = round.len();
             let at = offset.saturating_add(done as u64);
             let layer = self.kept().map(|kept| kept.over(at, wanted));

@@ -1,24 +1,29 @@
 //! Directories: page by page, several at once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nfs3_client::nfs3_types::nfs3::{
-    NFS_PROGRAM, READDIRPLUS3args, READDIRPLUS3resfail, cookieverf3, nfs_fh3, nfsstat3,
+    NFS_PROGRAM, READDIR3args, READDIR3resfail, READDIRPLUS3args, READDIRPLUS3resfail, cookieverf3, nfs_fh3,
+    nfsstat3,
 };
 use tokio::task::JoinSet;
 
 use super::Shared;
 use super::fault::{Fault, Result};
 use super::resolve::{Found, kind_of, look_up};
-use super::wire::{Name, Page};
+use super::wire::{Name, Page, PlainPage};
 use crate::backend::{BackendError, DirEntry, FileKind, WalkEntry};
 use crate::ids::StorePath;
 
 /// How large a page may be, with all that is told of its names.
 const PAGE_BYTES: u32 = 256 << 10;
-/// The most names of one directory: a server that makes them up must end somewhere.
-const MOST_NAMES: usize = 4_000_000;
+/// The most names of one directory, and of all that are walked through at once: a server that makes them up must end
+/// somewhere.
+const MOST_NAMES: usize = 2_000_000;
+/// The most bytes that all those names have.
+const MOST_NAME_BYTES: usize = 128 << 20;
 /// How often a directory is begun again because it changed while it was read.
 const TRIES: usize = 4;
 
@@ -29,32 +34,66 @@ pub(super) struct Listed {
     pub handle: Option<nfs_fh3>,
 }
 
-/// All names of a directory, in no order.
-pub(super) async fn list(shared: &Shared, directory: &nfs_fh3) -> Result<Vec<Listed>> {
-    for _ in 1..TRIES {
-        match pages(shared, directory).await {
-            // Cookies of before a change.
-            Err(Fault::Status(nfsstat3::NFS3ERR_BAD_COOKIE | nfsstat3::NFS3ERR_NOT_SYNC)) => {}
-            done => return done,
-        }
-    }
-    pages(shared, directory).await
+/// How much a server may still tell in one listing, or in all those of a walk.
+#[derive(Debug)]
+pub(super) struct Budget {
+    names: AtomicUsize,
+    bytes: AtomicUsize,
 }
 
-async fn pages(shared: &Shared, directory: &nfs_fh3) -> Result<Vec<Listed>> {
-    let garbled = |what: &str| Fault::Garbled(format!("the server lists a directory {what}"));
-    let mut found = Vec::new();
-    let (mut cookie, mut verifier) = (0, cookieverf3::default());
-    loop {
-        let args = READDIRPLUS3args {
-            dir: directory.clone(),
-            cookie,
-            cookieverf: verifier,
-            dircount: PAGE_BYTES,
-            maxcount: PAGE_BYTES,
+impl Default for Budget {
+    fn default() -> Self {
+        Self { names: MOST_NAMES.into(), bytes: MOST_NAME_BYTES.into() }
+    }
+}
+
+impl Budget {
+    fn take(&self, page: &Page) -> Result<()> {
+        let less = |left: &AtomicUsize, count: usize| {
+            left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(count)).is_ok()
         };
-        let page: Page =
-            shared.pool.ask::<_, _, READDIRPLUS3resfail>(NFS_PROGRAM::NFSPROC3_READDIRPLUS, &args).await?;
+        let bytes = page.names.iter().map(|name| name.text.len()).sum();
+        if less(&self.names, page.names.len()) && less(&self.bytes, bytes) {
+            return Ok(());
+        }
+        Err(Fault::Garbled("the server lists more names than can be".to_owned()))
+    }
+}
+
+/// All names of a directory, each once, in order.
+pub(super) async fn list(shared: &Shared, directory: &nfs_fh3, budget: &Budget) -> Result<Vec<Listed>> {
+    let mut tries = 1;
+    let mut found = loop {
+        match pages(shared, directory, budget).await {
+            // Cookies of before a change.
+            Err(Fault::Status(nfsstat3::NFS3ERR_BAD_COOKIE | nfsstat3::NFS3ERR_NOT_SYNC))
+                if tries < TRIES =>
+            {
+                tries += 1;
+            }
+            done => break done?,
+        }
+    };
+    // A name that is given while the directory is read may come twice.
+    found.sort_by(|left, right| left.entry.name.cmp(&right.entry.name));
+    found.dedup_by(|left, right| left.entry.name.is_ok() && left.entry.name == right.entry.name);
+    Ok(found)
+}
+
+async fn pages(shared: &Shared, directory: &nfs_fh3, budget: &Budget) -> Result<Vec<Listed>> {
+    let mut found = Vec::new();
+    let (mut cookie, mut verifier, mut plain) = (0, cookieverf3::default(), false);
+    let mut ends = HashSet::from([cookie]);
+    loop {
+        let page = match page(shared, directory, (cookie, verifier), plain).await {
+            // Exports may be without it.
+            Err(Fault::Status(nfsstat3::NFS3ERR_NOTSUPP)) if !plain => {
+                plain = true;
+                continue;
+            }
+            page => page?,
+        };
+        budget.take(&page)?;
         let last = page.names.last().map(|name| name.cookie);
         for name in page.names {
             found.extend(listed(shared, directory, name).await?);
@@ -62,15 +101,29 @@ async fn pages(shared: &Shared, directory: &nfs_fh3) -> Result<Vec<Listed>> {
         if page.eof {
             return Ok(found);
         }
-        match last {
-            Some(last) if last != cookie => cookie = last,
-            _ => return Err(garbled("without end")),
-        }
-        if found.len() > MOST_NAMES {
-            return Err(garbled("of more names than can be"));
-        }
+        cookie = match last {
+            Some(last) if ends.insert(last) => last,
+            _ => return Err(Fault::Garbled("the server lists a directory without end".to_owned())),
+        };
         verifier = page.verifier;
     }
+}
+
+/// The names that follow a cookie; of a plain page nothing else is known.
+async fn page(
+    shared: &Shared,
+    directory: &nfs_fh3,
+    (cookie, cookieverf): (u64, cookieverf3),
+    plain: bool,
+) -> Result<Page> {
+    let dir = directory.clone();
+    if plain {
+        let args = READDIR3args { dir, cookie, cookieverf, count: PAGE_BYTES };
+        let told = shared.pool.ask::<_, PlainPage, READDIR3resfail>(NFS_PROGRAM::NFSPROC3_READDIR, &args);
+        return told.await.map(|PlainPage(page)| page);
+    }
+    let args = READDIRPLUS3args { dir, cookie, cookieverf, dircount: PAGE_BYTES, maxcount: PAGE_BYTES };
+    shared.pool.ask::<_, _, READDIRPLUS3resfail>(NFS_PROGRAM::NFSPROC3_READDIRPLUS, &args).await
 }
 
 /// What a name stands for; nothing if it is gone by now.
@@ -120,12 +173,14 @@ impl Walk {
     ) -> Self {
         let mut walk = Self { entered: Vec::new() };
         let mut level = vec![start];
+        let budget = Arc::new(Budget::default());
         for depth in 1..=max_depth {
             if level.is_empty() {
                 break;
             }
             let first = walk.entered.len();
-            let mut listings = wait(Level { shared: shared.clone(), directories: level.clone() });
+            let mut listings =
+                wait(Level { shared: shared.clone(), directories: level.clone(), budget: budget.clone() });
             let mut next = Vec::new();
             // Places of the directories of the next level.
             let mut place = first + level.len();
@@ -208,6 +263,7 @@ fn sorted(
 pub(super) struct Level {
     shared: Arc<Shared>,
     directories: Vec<(StorePath, nfs_fh3)>,
+    budget: Arc<Budget>,
 }
 
 /// What each directory of a level holds, by its index.
@@ -216,18 +272,18 @@ pub(super) type LevelNames = HashMap<usize, Result<Vec<Listed>>>;
 impl Level {
     /// Lists them all, some at a time.
     pub(super) async fn list(self) -> LevelNames {
-        let Self { shared, directories } = self;
+        let Self { shared, directories, budget } = self;
         let mut waiting = directories.into_iter().enumerate();
         let mut running = JoinSet::new();
         let mut done = LevelNames::new();
         loop {
             while running.len() < shared.connections {
                 let Some((index, (path, handle))) = waiting.next() else { break };
-                let shared = shared.clone();
+                let (shared, budget) = (shared.clone(), budget.clone());
                 running.spawn(async move {
-                    let listed = match list(&shared, &handle).await {
+                    let listed = match list(&shared, &handle, &budget).await {
                         // Not the directory any more that had the name a moment ago.
-                        Err(fault) if fault.is_stale() => shared.list(&path).await,
+                        Err(fault) if fault.is_stale() => shared.list(&path, &budget).await,
                         listed => listed,
                     };
                     (index, listed)

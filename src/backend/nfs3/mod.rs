@@ -15,6 +15,7 @@
 //! | `list` | directories |
 //! | `naming` | calls that give and take names, each of which takes effect once |
 //! | `access` | calls about one file |
+//! | `ahead` | what is read before it is asked for |
 //! | `unstable` | what is written and not durable yet, written again if the server lost it |
 //! | `attributes` | owner, mode, length |
 //! | `store`, `file`, `moves` | the traits |
@@ -36,7 +37,21 @@
 //! after the time-out may still be done when it goes on: whoever got [`BackendError::Unreachable`] has to look, as after a
 //! crash. Facts are asked afresh each time, but for the place of a directory, which reads know for three seconds.
 
+/// Makes a call; once more, with handles from a new root, if the server lost one on the way.
+macro_rules! renewed {
+    ($shared:expr, $call:expr) => {
+        match $call.await {
+            Err(fault) if fault.is_stale() => {
+                $shared.mount_again().await?;
+                $call.await
+            }
+            done => done,
+        }
+    };
+}
+
 mod access;
+mod ahead;
 mod attributes;
 mod connection;
 mod effort;
@@ -71,7 +86,7 @@ use tokio::runtime::{Builder, Runtime};
 pub use self::url::{NfsUrl, UrlError};
 
 use self::fault::{Fault, Result as Asked};
-use self::list::Listed;
+use self::list::{Budget, Listed};
 use self::pool::{Peer, Pool};
 use self::resolve::{Found, Names, Place};
 use self::unstable::Writers;
@@ -121,6 +136,8 @@ struct Shared {
     /// Who this is for the server.
     uid: u32,
     writers: Writers,
+    /// How much is read ahead.
+    ahead: ahead::Held,
 }
 
 /// What is known once an export is mounted.
@@ -167,6 +184,7 @@ impl Nfs3Store {
             url: url.clone(),
             connections: url.connections,
             writers: Writers::default(),
+            ahead: ahead::Held::default(),
             shown,
             peer,
             pool,
@@ -274,12 +292,9 @@ impl Drop for Core {
 }
 
 impl Shared {
-    /// What has a name; looked up once more, from a new root, if the server lost a handle on the way.
+    /// What has a name.
     async fn find(&self, path: &StorePath) -> Asked<Found> {
-        match self.names.find(&self.pool, path).await {
-            Err(fault) if fault.is_stale() => self.find_afresh(path).await,
-            found => found,
-        }
+        renewed!(self, self.names.find(&self.pool, path))
     }
 
     async fn find_afresh(&self, path: &StorePath) -> Asked<Found> {
@@ -288,25 +303,13 @@ impl Shared {
     }
 
     /// The names in a directory.
-    async fn list(&self, path: &StorePath) -> Asked<Vec<Listed>> {
-        let once = async || list::list(self, &self.names.directory(&self.pool, path).await?).await;
-        match once().await {
-            Err(fault) if fault.is_stale() => {
-                self.mount_again().await?;
-                once().await
-            }
-            listed => listed,
-        }
+    async fn list(&self, path: &StorePath, budget: &Budget) -> Asked<Vec<Listed>> {
+        let once = async || list::list(self, &self.names.directory(&self.pool, path).await?, budget).await;
+        renewed!(self, once())
     }
 
     async fn directory(&self, path: &StorePath) -> Asked<nfs_fh3> {
-        match self.names.directory(&self.pool, path).await {
-            Err(fault) if fault.is_stale() => {
-                self.mount_again().await?;
-                self.names.directory(&self.pool, path).await
-            }
-            found => found,
-        }
+        renewed!(self, self.names.directory(&self.pool, path))
     }
 
     async fn mount_again(&self) -> Asked<()> {

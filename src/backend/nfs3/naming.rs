@@ -19,39 +19,46 @@
 use nfs3_client::nfs3_types::nfs3::{
     CREATE3args, CREATE3resfail, LINK3args, LINK3resfail, LINK3resok, MKDIR3args, MKDIR3resfail, NFS_PROGRAM,
     REMOVE3args, REMOVE3resfail, REMOVE3resok, RENAME3args, RENAME3resfail, RENAME3resok, RMDIR3args,
-    RMDIR3resfail, RMDIR3resok, createhow3, createverf3, nfs_fh3, nfsstat3, sattr3, set_atime, set_mtime,
+    RMDIR3resfail, RMDIR3resok, createhow3, createverf3, fattr3, nfs_fh3, nfsstat3, sattr3, set_atime,
+    set_mtime,
 };
 
 use super::effort::Tried;
 use super::fault::{Fault, Result};
+use super::list::Budget;
 use super::resolve::{self, Found, Place, look_up};
 use super::wire::Made;
 use super::{Shared, attributes, list};
-use crate::backend::{FileId, FileKind};
+use crate::backend::{FileId, FileKind, Stat};
 use crate::ids::StorePath;
 
 /// The mode of a new file.
 const FILE_MODE: u32 = 0o600;
 
-/// Makes a call; once more, with handles from a new root, if one of them is none any more.
-macro_rules! renewed {
-    ($shared:expr, $call:expr) => {
-        match $call.await {
-            Err(fault) if fault.is_stale() => {
-                $shared.mount_again().await?;
-                $call.await
-            }
-            done => done,
-        }
-    };
-}
-
 /// Makes a new empty file of mode 0600. `EXIST` if something has the name.
 pub(super) async fn create(shared: &Shared, path: &StorePath) -> Result<Found> {
-    renewed!(shared, create_at(shared, path))
+    let made = renewed!(shared, create_at(shared, path))?;
+    let stat = match tidied(shared, &made.handle).await {
+        // It is there already: not the call for it is made again, but what makes it ours is looked for.
+        Err(fault) if fault.is_stale() => {
+            let found = look(shared, path).await?;
+            if made.attributes.is_none_or(|of_made| found.stat.id != resolve::stat_of(&of_made).id) {
+                return Err(fault);
+            }
+            return Ok(Found { stat: tidied(shared, &found.handle).await?, ..found });
+        }
+        stat => stat?,
+    };
+    Ok(Found { handle: made.handle, stat })
 }
 
-async fn create_at(shared: &Shared, path: &StorePath) -> Result<Found> {
+/// A file that was made, and what the server told of it then.
+struct New {
+    handle: nfs_fh3,
+    attributes: Option<fattr3>,
+}
+
+async fn create_at(shared: &Shared, path: &StorePath) -> Result<New> {
     let place = shared.place(path).await?;
     let verifier = uuid::Uuid::new_v4().as_u64_pair().0.to_be_bytes();
     let made = match create_as(shared, &place, createhow3::EXCLUSIVE(createverf3(verifier))).await {
@@ -64,20 +71,22 @@ async fn create_at(shared: &Shared, path: &StorePath) -> Result<Found> {
         Some(handle) => handle,
         None => look_up(&shared.pool, &place.directory, &place.name).await?.handle,
     };
+    Ok(New { handle, attributes: made.attributes })
+}
+
+/// Gives a new file what every new one has, and says what it is then.
+async fn tidied(shared: &Shared, handle: &nfs_fh3) -> Result<Stat> {
     // Before that it has the verifier where its times belong, and no mode that is known.
     let wanted = sattr3 {
         atime: set_atime::SET_TO_SERVER_TIME,
         mtime: set_mtime::SET_TO_SERVER_TIME,
         ..attributes::mode(FILE_MODE)
     };
-    let stat = match attributes::set(&shared.pool, &handle, &wanted).await? {
+    let stat = match attributes::set(&shared.pool, handle, &wanted).await? {
         Some(stat) => stat,
-        None => resolve::stat(&shared.pool, &handle).await?,
+        None => resolve::stat(&shared.pool, handle).await?,
     };
-    if stat.kind != FileKind::File {
-        return Err(Fault::NotPlain);
-    }
-    Ok(Found { handle, stat })
+    if stat.kind == FileKind::File { Ok(stat) } else { Err(Fault::NotPlain) }
 }
 
 async fn create_as(shared: &Shared, place: &Place, how: createhow3) -> Result<Made> {
@@ -148,7 +157,7 @@ async fn own_empty_dir(shared: &Shared, place: &Place) -> Result<Option<Found>> 
         found => found?,
     };
     let own = found.stat.kind == FileKind::Directory && shared.is_own(&found.stat);
-    Ok((own && list::list(shared, &found.handle).await?.is_empty()).then_some(found))
+    Ok((own && list::list(shared, &found.handle, &Budget::default()).await?.is_empty()).then_some(found))
 }
 
 /// Removes the name of a file, or of an empty directory.

@@ -78,10 +78,12 @@ pub(super) fn probe(store: &Nfs3Store, scratch: &StorePath) -> Result<Capabiliti
 fn check_names(store: &Nfs3Store, scratch: &StorePath) -> Result<()> {
     let told =
         store.ask("probe", scratch, async |shared: std::sync::Arc<super::Shared>, path: StorePath| {
-            let object = shared.directory(&path).await?;
-            let args = PATHCONF3args { object };
-            let procedure = NFS_PROGRAM::NFSPROC3_PATHCONF;
-            let told = shared.pool.ask::<_, PATHCONF3resok, PATHCONF3resfail>(procedure, &args).await?;
+            let once = async || {
+                let args = PATHCONF3args { object: shared.directory(&path).await? };
+                let procedure = NFS_PROGRAM::NFSPROC3_PATHCONF;
+                shared.pool.ask::<_, PATHCONF3resok, PATHCONF3resfail>(procedure, &args).await
+            };
+            let told = renewed!(shared, once())?;
             if told.name_max < LONGEST_NAME {
                 let text = format!(
                     "names have at most {} bytes there, and {LONGEST_NAME} are needed",

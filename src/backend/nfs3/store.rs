@@ -8,7 +8,7 @@ use nfs3_client::nfs3_types::nfs3::{FSSTAT3args, FSSTAT3resfail, FSSTAT3resok, N
 
 use super::fault::Fault;
 use super::file::NfsFile;
-use super::list::Walk;
+use super::list::{Budget, Walk};
 use super::resolve::Found;
 use super::{Nfs3Store, Shared, list, locks, naming, probe};
 use crate::backend::{
@@ -102,8 +102,9 @@ impl Backend for Nfs3Store {
     }
 
     fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
-        let listed =
-            self.ask("list", path, async |shared: Arc<Shared>, path: StorePath| shared.list(&path).await)?;
+        let listed = self.ask("list", path, async |shared: Arc<Shared>, path: StorePath| {
+            shared.list(&path, &Budget::default()).await
+        })?;
         Ok(listed.into_iter().map(|listed| listed.entry).collect())
     }
 
@@ -205,9 +206,11 @@ impl Backend for Nfs3Store {
     fn space(&self) -> Result<Space> {
         let root = StorePath::root();
         let told = self.ask("ask the space of", &root, async |shared: Arc<Shared>, path: StorePath| {
-            let fsroot = shared.find(&path).await?.handle;
-            let args = FSSTAT3args { fsroot };
-            shared.pool.ask::<_, FSSTAT3resok, FSSTAT3resfail>(NFS_PROGRAM::NFSPROC3_FSSTAT, &args).await
+            let once = async || {
+                let args = FSSTAT3args { fsroot: shared.find(&path).await?.handle };
+                shared.pool.ask::<_, FSSTAT3resok, FSSTAT3resfail>(NFS_PROGRAM::NFSPROC3_FSSTAT, &args).await
+            };
+            renewed!(shared, once())
         })?;
         Ok(Space { free_bytes: told.abytes, total_bytes: told.tbytes })
     }

@@ -283,6 +283,7 @@ pub(super) async fn set_length(access: &Access, unstable: &Unstable, length: u64
 #[derive(Debug, Default)]
 pub(super) struct Writers {
     files: Mutex<HashMap<Vec<u8>, Arc<Unstable>>>,
+    begun: AtomicUsize,
 }
 
 impl Writers {
@@ -293,10 +294,16 @@ impl Writers {
 
     /// The same for one more who writes; [`Writers::leave`] is his end.
     pub(super) fn enter(&self, handle: &nfs_fh3) -> Arc<Unstable> {
+        self.begun.fetch_add(1, Ordering::Relaxed);
         let mut files = lock(&self.files);
         let unstable = files.entry(handle.data.to_vec()).or_default();
         unstable.users.fetch_add(1, Ordering::Relaxed);
         unstable.clone()
+    }
+
+    /// How often somebody began to write.
+    pub(super) fn begun(&self) -> usize {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// One who wrote is gone; what is kept then, if he was the last one.

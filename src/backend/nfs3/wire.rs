@@ -122,33 +122,53 @@ pub(super) struct Page {
     pub eof: bool,
 }
 
+/// What READDIR gave: names with their cookies, and nothing else.
+#[derive(Debug)]
+pub(super) struct PlainPage(pub Page);
+
 impl Unpack for Page {
     fn unpack(input: &mut impl Read) -> Result<(Self, usize)> {
-        let (_, mut taken) = Nfs3Option::<fattr3>::unpack(input)?;
-        let (verifier, length) = cookieverf3::unpack(input)?;
-        taken += length;
-        let mut names = Vec::new();
-        loop {
-            let (more, length) = bool::unpack(input)?;
-            taken += length;
-            if !more {
-                break;
-            }
-            let (_, length) = u64::unpack(input)?;
-            taken += length;
-            let (name, length) = bytes(input, MAX_NAME_BYTES)?;
-            taken += length;
-            let (cookie, length) = u64::unpack(input)?;
-            taken += length;
-            let (attributes, length) = attributes(input)?;
-            taken += length;
-            let (handle, length) = handle_if_any(input)?;
-            taken += length;
-            names.push(Name { text: name, cookie, attributes, handle });
-        }
-        let (eof, length) = bool::unpack(input)?;
-        Ok((Self { verifier, names, eof }, taken + length))
+        page(input, |input| {
+            let (attributes, first) = attributes(input)?;
+            let (handle, second) = handle_if_any(input)?;
+            Ok(((attributes, handle), first + second))
+        })
     }
+}
+
+impl Unpack for PlainPage {
+    fn unpack(input: &mut impl Read) -> Result<(Self, usize)> {
+        page(input, |_| Ok(((None, None), 0))).map(|(page, taken)| (Self(page), taken))
+    }
+}
+
+/// What may be told of a name.
+type Told = (Option<fattr3>, Option<nfs_fh3>);
+
+/// A page; `told` reads what stands behind each cookie.
+fn page<R: Read>(input: &mut R, told: impl Fn(&mut R) -> Result<(Told, usize)>) -> Result<(Page, usize)> {
+    let (_, mut taken) = Nfs3Option::<fattr3>::unpack(input)?;
+    let (verifier, length) = cookieverf3::unpack(input)?;
+    taken += length;
+    let mut names = Vec::new();
+    loop {
+        let (more, length) = bool::unpack(input)?;
+        taken += length;
+        if !more {
+            break;
+        }
+        let (_, length) = u64::unpack(input)?;
+        taken += length;
+        let (text, length) = bytes(input, MAX_NAME_BYTES)?;
+        taken += length;
+        let (cookie, length) = u64::unpack(input)?;
+        taken += length;
+        let ((attributes, handle), length) = told(input)?;
+        taken += length;
+        names.push(Name { text, cookie, attributes, handle });
+    }
+    let (eof, length) = bool::unpack(input)?;
+    Ok((Page { verifier, names, eof }, taken + length))
 }
 
 /// What MNT answered.

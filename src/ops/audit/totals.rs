@@ -70,8 +70,9 @@ pub struct Totals {
 impl Sum {
     fn add(&mut self, ground: &Ground<'_>, id: NodeId, member: &Member) {
         self.members += 1;
-        self.file_bytes += member.stat.length;
-        self.allocated_bytes += member.stat.allocated_bytes;
+        // What a server says of lengths may be anything.
+        self.file_bytes = self.file_bytes.saturating_add(member.stat.length);
+        self.allocated_bytes = self.allocated_bytes.saturating_add(member.stat.allocated_bytes);
         if ground.rows.is_some() {
             *self.hidden_bytes.get_or_insert(0) += ground.held_bytes(id);
         }

@@ -346,28 +346,35 @@ impl Plan {
     }
 }
 
-/// Tells the stores what is going to be read. Long runs they foresee by themselves; of chains of many members, and
-/// of scattered ones, short ones are all that there is.
+/// Tells the stores what is going to be read: what lies one behind the other in a file as one range. Long ones they may
+/// foresee by themselves; of chains of many members, and of scattered ones, short ones are all that there is.
 fn announce<'a>(reading: &Reading<'_>, items: impl Iterator<Item = &'a Item>) {
     let images: Vec<_> = reading.source.chain().images().collect();
+    let tell = |(layer, start, end): (usize, u64, u64)| {
+        if let Some(image) = images.get(layer) {
+            image.will_read(start, end - start);
+        }
+    };
+    let mut held: Option<(usize, u64, u64)> = None;
     for item in items {
         let What::Data { runs, .. } = &item.what else { continue };
         for run in runs {
-            match run.content {
-                Content::Data { layer, host } => {
-                    if let Some(image) = images.get(layer) {
-                        image.will_read(host.0, run.length);
-                    }
+            let (layer, start, length) = match run.content {
+                Content::Data { layer, host } => (layer, host.0, run.length),
+                Content::Compressed { layer, cluster } => (layer, cluster.host.0, cluster.stored_bytes),
+                Content::Zero | Content::Below => continue,
+            };
+            let end = start.saturating_add(length);
+            held = match held {
+                Some((of, from, to)) if of == layer && to == start => Some((of, from, end)),
+                other => {
+                    other.into_iter().for_each(tell);
+                    Some((layer, start, end))
                 }
-                Content::Compressed { layer, cluster } => {
-                    if let Some(image) = images.get(layer) {
-                        image.will_read(cluster.host.0, cluster.stored_bytes);
-                    }
-                }
-                Content::Zero | Content::Below => {}
-            }
+            };
         }
     }
+    held.into_iter().for_each(tell);
 }
 
 fn image(source: &Source, error: ImageError) -> StoreError {

@@ -7,6 +7,7 @@ pub mod chains;
 pub mod crash;
 pub mod digest;
 pub mod disk;
+pub mod fake_nfs;
 pub mod flat;
 pub mod forked;
 pub mod grounds;

@@ -108,18 +108,22 @@ fn answer(call: &[u8], status: u32) -> Vec<u8> {
     let xid = u32::from_be_bytes(call[4..8].try_into().unwrap());
     // Reply, accepted, no verifier, done: what follows is the procedure's own.
     let mut words = vec![xid, 1, 0, 0, 0, 0, status];
-    // What is told of attributes, or not, differs: none, those of one object, before and after, of two objects.
-    let optional = match procedure(call) {
-        1 => 0,
+    words.resize(words.len() + left_out(procedure(call)), 0);
+    let head = (1_u32 << 31) + u32::try_from(4 * words.len()).unwrap();
+    words.insert(0, head);
+    words.into_iter().flat_map(u32::to_be_bytes).collect()
+}
+
+/// How many words say that a refusal tells nothing of attributes: none, those of one object, before and after, of two
+/// objects.
+pub fn left_out(procedure: u32) -> usize {
+    match procedure {
+        0 | 1 => 0,
         2 | 7..=13 | 21 => 2,
         14 => 4,
         15 => 3,
         _ => 1,
-    };
-    words.resize(words.len() + optional, 0);
-    let head = (1_u32 << 31) + u32::try_from(4 * words.len()).unwrap();
-    words.insert(0, head);
-    words.into_iter().flat_map(u32::to_be_bytes).collect()
+    }
 }
 
 /// The procedure of a call of NFS.
