@@ -249,7 +249,7 @@ fn a_server_killed_at_each_call_of_a_deletion_loses_nothing() {
     let room = Room::new(mount, &server.lock().unwrap(), Shape::Cloudstack, "&timeout=40");
     let (kill, killed) = mpsc::channel();
     let restarted = server.clone();
-    let restarts = Arc::new(AtomicUsize::new(0));
+    let [kills, restarts] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
     let count = restarts.clone();
     // One thread for all: a server ends with the thread that started it.
     let starter = std::thread::spawn(move || {
@@ -260,12 +260,15 @@ fn a_server_killed_at_each_call_of_a_deletion_loses_nothing() {
         }
     });
     let mut table = Table::new("nfs-server-killed");
+    let mut unreached = 0;
     for number in some((0..room.calls.len()).collect(), 37) {
         for wait in [0, 10] {
+            let before = kills.load(Ordering::SeqCst);
             table.rows.push(room.point(&format!("server-killed-{wait}"), number, || {
-                let (server, kill) = (server.clone(), kill.clone());
+                let (server, kill, kills) = (server.clone(), kill.clone(), kills.clone());
                 room.proxy.choose(move |at| {
                     if at == number {
+                        kills.fetch_add(1, Ordering::SeqCst);
                         let (server, kill) = (server.clone(), kill.clone());
                         let end = move || {
                             server.lock().unwrap().kill();
@@ -283,9 +286,11 @@ fn a_server_killed_at_each_call_of_a_deletion_loses_nothing() {
                     Fate::Pass
                 });
             }));
+            // One run has some calls less than another.
+            unreached += usize::from(kills.load(Ordering::SeqCst) == before);
             // Also after the last call.
             let begun = Instant::now();
-            while restarts.load(Ordering::SeqCst) < table.rows.len() {
+            while restarts.load(Ordering::SeqCst) < kills.load(Ordering::SeqCst) {
                 assert!(begun.elapsed() < Duration::from_mins(1), "{number}: the server was not killed");
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -294,6 +299,7 @@ fn a_server_killed_at_each_call_of_a_deletion_loses_nothing() {
     drop(kill);
     room.proxy.choose(|_| Fate::Pass);
     starter.join().unwrap();
+    assert!(unreached <= 10, "{unreached} calls were not made again");
     table.finish();
 }
 
@@ -346,7 +352,8 @@ fn abandoned(room: &Room, server: &Arc<Ganesha>, number: usize) -> Row {
         }
         Fate::Pass
     });
-    if room.delete().is_ok() {
+    // What it does at the very end nobody needs: then all is as it is to be.
+    if room.delete().is_ok() && outside(&room.root) != room.new {
         row.after.push("it succeeded with nobody to answer".to_owned());
     }
     room.proxy.choose(|_| Fate::Pass);
