@@ -70,6 +70,34 @@ fn alerts_and_dashboard_ask_for_figures_that_there_are() {
     assert!(value("qchain_verification_age_seconds{store=\"s1\"}") < 600);
 }
 
+/// What scripts/package makes itself is tried by scripts/try-package.
+#[test]
+fn what_goes_into_the_package_is_there() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("Cargo.toml")).unwrap();
+    let parsed: toml::Table = toml::from_str(&text).unwrap();
+    let package = &parsed["package"]["metadata"]["deb"];
+    let assets: Vec<Vec<&str>> = package["assets"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|asset| asset.as_array().unwrap().iter().map(|part| part.as_str().unwrap()).collect())
+        .collect();
+    for asset in &assets {
+        let [from, to, mode] = asset[..] else { panic!("{asset:?}") };
+        assert!(from.starts_with("target/release/deb/") || root.join(from).is_file(), "{from} is not there");
+        assert_eq!(mode, if to.starts_with("usr/bin") { "755" } else { "644" }, "{to}");
+        // What is below /etc would be asked about at each upgrade.
+        assert!(to.starts_with("usr/"), "{to}");
+    }
+    // All that is kept for the package is in it.
+    let scripts = package["maintainer-scripts"].as_str().unwrap();
+    for entry in fs::read_dir(root.join("packaging")).unwrap() {
+        let name = format!("packaging/{}", entry.unwrap().file_name().into_string().unwrap());
+        assert!(name == scripts || assets.iter().any(|asset| asset[0] == name), "{name} is left out");
+    }
+}
+
 #[test]
 fn the_unit_waits_longer_than_the_service_takes_to_end() {
     let unit = file("qchain.service");
