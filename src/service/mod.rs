@@ -3,7 +3,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`config`] | what `qchain serve` is told, as values |
-//! | `server` | sockets: TLS, limits on connections and slow clients, draining |
+//! | `server` `patient` | sockets: TLS, limits on connections and slow clients, draining |
 //! | `routes` | one file a group of routes: requests in, documents out; no rule about images |
 //! | `extract` | what handlers take: who asks (`auth`), bodies, queries; each refusal a [`problem`] |
 //! | `jobs` | the queue, the workers, what each kind of job does |
@@ -34,6 +34,7 @@ mod jobs;
 mod metrics;
 mod openapi;
 mod page;
+mod patient;
 mod peers;
 pub mod problem;
 mod routes;

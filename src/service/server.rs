@@ -22,12 +22,15 @@ use tokio_rustls::TlsAcceptor;
 use super::config::{Config, TlsFiles};
 use super::error::ServiceError;
 use super::jobs;
+use super::patient::Patient;
 use super::routes::router;
 use super::schedule;
 use super::state::{Service, Shared};
 
 /// How long a client may take for the head of a request, the first and every later one, and for the TLS handshake.
 const SLOW_HEAD: Duration = Duration::from_secs(15);
+/// How long a client may take nothing of an answer.
+const SLOW_TAKER: Duration = Duration::from_mins(10);
 /// The longest head of a request, in bytes, and the most lines it may have.
 const MAX_HEAD: usize = 32 << 10;
 const MAX_HEADERS: usize = 64;
@@ -208,6 +211,7 @@ impl Accept {
             tokio::spawn(async move {
                 let _place = place;
                 service.metrics.connection_opened();
+                let stream = Patient::new(stream, SLOW_TAKER);
                 connection(stream, acceptor, app, stopped).await;
                 service.metrics.connection_closed();
             });
@@ -216,7 +220,7 @@ impl Accept {
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: Patient<TcpStream>,
     acceptor: Option<TlsAcceptor>,
     app: Router,
     stopped: watch::Receiver<bool>,

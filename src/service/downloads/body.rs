@@ -1,13 +1,16 @@
 //! The bytes of a download: a slice is read while the one before it is sent.
 
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::{Context, Poll, ready};
 
 use axum::body::{Body, Bytes};
-use tokio::sync::mpsc::{Sender, channel};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio_stream::Stream;
 
 use super::opened::Opened;
 use crate::failure::{Failure as _, with_causes};
@@ -24,10 +27,11 @@ pub const ALL_BYTES: u64 = 64 << 20;
 pub const LEAST_SLICE: u64 = 256 << 10;
 /// The largest slice.
 pub const MOST_SLICE: u64 = 8 << 20;
-/// How long a client may take for a slice.
-const SLOWEST: Duration = Duration::from_mins(10);
 /// Zeros, to be sent without memory of their own.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+/// Some of an image, or why there is no more.
+type Slice = io::Result<Vec<Taken>>;
 
 /// The body that has those bytes of the image. Its first slice is read before this returns, so that what fails at once is
 /// told in words. Reading ends when the client is gone.
@@ -39,76 +43,99 @@ pub async fn body(service: &Shared, image: Arc<Opened>, range: Range<u64>) -> Re
     let place = place.map_err(|_| Problem::unavailable("there are as many downloads as there may be"))?;
     let cursor = image.stream.cursor(range);
     let (cursor, first) = next(service, &image, cursor).await.map_err(|error| Problem::of(&error))?;
-    let (sender, receiver) = channel(1);
+    let (sender, slices) = channel(1);
+    let underway = Underway::new(service.clone(), place);
     let service = service.clone();
     tokio::spawn(async move {
-        let _place = place;
-        service.metrics.download_began();
         if let Err(error) = send(&service, &image, first, cursor, &sender).await {
             service.metrics.count_error(error.code().as_str());
             tracing::warn!(code = %error.code(), "a download is cut: {}", with_causes(&error));
             // Ends the connection without an end of the body.
             let _ = sender.send(Err(io::Error::other(with_causes(&error)))).await;
         }
-        service.metrics.download_ended();
     });
-    Ok(Body::from_stream(ReceiverStream::new(receiver)))
+    Ok(Body::from_stream(Pieces { slices, slice: VecDeque::new(), underway }))
 }
 
-/// Sends a slice, and what follows it: each slice is read while the one before it is sent.
+/// Gives the first slice to the connection, and what follows it: each is read while the one before it is sent. Whoever is
+/// gone gets nothing more.
 async fn send(
     service: &Shared,
     image: &Arc<Opened>,
-    mut slice: Vec<Taken>,
+    first: Vec<Taken>,
     mut cursor: Cursor,
-    sender: &Sender<io::Result<Bytes>>,
+    sender: &Sender<Slice>,
 ) -> Result<(), StoreError> {
-    loop {
-        if cursor.rest().is_empty() {
-            give(service, slice, sender).await;
-            return Ok(());
-        }
-        let (taken, read) = tokio::join!(give(service, slice, sender), next(service, image, cursor));
-        if !taken {
-            return Ok(());
-        }
-        (cursor, slice) = read?;
+    // There is room at first, and then whenever the slice before is being sent.
+    let _ = sender.send(Ok(first)).await;
+    while !cursor.rest().is_empty() {
+        let Ok(room) = sender.reserve().await else { break };
+        let (after, slice) = next(service, image, cursor).await?;
+        room.send(Ok(slice));
+        cursor = after;
+    }
+    Ok(())
+}
+
+/// A download, counted from its first byte until the connection has done with it.
+struct Underway {
+    service: Shared,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Underway {
+    fn new(service: Shared, place: OwnedSemaphorePermit) -> Self {
+        service.metrics.download_began();
+        Self { service, _place: place }
     }
 }
 
-/// Gives a slice to the client; whether he took it.
-async fn give(service: &Shared, slice: Vec<Taken>, sender: &Sender<io::Result<Bytes>>) -> bool {
-    for taken in slice {
-        match taken {
-            Taken::Bytes(held) => {
-                if !give_bytes(service, Bytes::from_owner(held), sender).await {
-                    return false;
+impl Drop for Underway {
+    fn drop(&mut self) {
+        self.service.metrics.download_ended();
+    }
+}
+
+/// What the connection takes: one slice after the other, so that it is woken once for each, not for each piece.
+struct Pieces {
+    slices: Receiver<Slice>,
+    /// The rest of the one that is being sent.
+    slice: VecDeque<Taken>,
+    underway: Underway,
+}
+
+impl Pieces {
+    fn piece(&mut self) -> Option<Bytes> {
+        match self.slice.pop_front()? {
+            Taken::Bytes(held) => Some(Bytes::from_owner(held)),
+            Taken::Zeros(count) => {
+                let step = usize::try_from(count).unwrap_or(usize::MAX).min(ZEROS.len());
+                let left = count - step as u64;
+                if left > 0 {
+                    self.slice.push_front(Taken::Zeros(left));
                 }
-            }
-            Taken::Zeros(mut left) => {
-                while left > 0 {
-                    let step = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROS.len());
-                    let zeros = Bytes::from_static(ZEROS.get(..step).unwrap_or_default());
-                    if !give_bytes(service, zeros, sender).await {
-                        return false;
-                    }
-                    left -= step as u64;
-                }
+                Some(Bytes::from_static(ZEROS.get(..step).unwrap_or_default()))
             }
         }
     }
-    true
 }
 
-/// Whoever is gone, or takes nothing, gets nothing more.
-async fn give_bytes(service: &Shared, bytes: Bytes, sender: &Sender<io::Result<Bytes>>) -> bool {
-    let count = bytes.len() as u64;
-    let given = tokio::time::timeout(SLOWEST, sender.send(Ok(bytes))).await;
-    let taken = matches!(given, Ok(Ok(())));
-    if taken {
-        service.metrics.downloaded(count);
+impl Stream for Pieces {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(piece) = self.piece() {
+                self.underway.service.metrics.downloaded(piece.len() as u64);
+                return Poll::Ready(Some(Ok(piece)));
+            }
+            match ready!(self.slices.poll_recv(context)) {
+                Some(Ok(slice)) => self.slice = slice.into(),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
     }
-    taken
 }
 
 /// The next slice at a cursor.
