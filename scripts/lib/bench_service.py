@@ -187,8 +187,31 @@ def fetch(url):
     run("curl", "--fail", "--silent", "--output", "/dev/null", url)
 
 
+# How a whole download is measured, and what each form includes.
+FORMS = {
+    "warm": "nothing dropped: the members are in memory; what convert writes stays there, and nginx sends it from there",
+    "cold members": "caches dropped first: the members are read from the disk; what convert writes stays in memory, and nginx sends it from there",
+    "over the store": "caches dropped first; convert ends when the store has its file on the disk (sync -f, as NFS at close); then caches are dropped "
+                      "again, as another host serves the file and has read none of it",
+}
+QCHAIN, CONVERT, FLAT = "qchain", "qemu-img convert, then nginx", "nginx, of the flat file"
+
+
+def timed(step):
+    begun = time.monotonic()
+    step()
+    return time.monotonic() - begun
+
+
+def processor(pid):
+    """Seconds of processor that a process has taken so far."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def whole(options, service, store, tip, directory):
-    """Seconds of a whole download, in its three ways, in turns, with cold caches."""
+    """Seconds of a whole download, in its three ways, in turns, in each form."""
     served = os.path.join(directory, "served")
     os.makedirs(served)
     flat = os.path.join(served, "flat.qcow2")
@@ -197,33 +220,53 @@ def whole(options, service, store, tip, directory):
     server, port = nginx(directory, served)
     converted = os.path.join(served, "converted.qcow2")
 
-    def by_qemu():
-        run("qemu-img", "convert", "-O", "qcow2", os.path.join(store, tip), converted)
-        fetch(f"http://127.0.0.1:{port}/converted.qcow2")
+    def by_qemu(form):
+        seconds = timed(lambda: run("qemu-img", "convert", "-O", "qcow2", os.path.join(store, tip), converted))
+        if form == "over the store":
+            seconds += timed(lambda: run("sync", "--file-system", converted))
+            drop_caches()
+        return seconds + timed(lambda: fetch(f"http://127.0.0.1:{port}/converted.qcow2"))
 
     ways = {
-        "qchain": lambda: fetch(service.base + given["path"]),
-        "qemu-img convert, then nginx": by_qemu,
-        "nginx, of the flat file": lambda: fetch(f"http://127.0.0.1:{port}/flat.qcow2"),
+        QCHAIN: lambda _: timed(lambda: fetch(service.base + given["path"])),
+        CONVERT: by_qemu,
+        FLAT: lambda _: timed(lambda: fetch(f"http://127.0.0.1:{port}/flat.qcow2")),
     }
     runs = []
     try:
-        for pair in range(options.pairs):
-            for name, way in list(ways.items())[:: 1 if pair % 2 == 0 else -1]:
-                if os.path.exists(converted):
-                    os.remove(converted)
-                drop_caches()
-                begun = time.monotonic()
-                way()
-                runs.append({"way": name, "seconds": time.monotonic() - begun, "bytes": given["length"]})
+        for form in FORMS:
+            for pair in range(options.pairs):
+                for name, way in list(ways.items())[:: 1 if pair % 2 == 0 else -1]:
+                    if os.path.exists(converted):
+                        os.remove(converted)
+                    if form == "warm":
+                        way(form)
+                        if os.path.exists(converted):
+                            os.remove(converted)
+                    else:
+                        drop_caches()
+                    before = processor(service.process.pid)
+                    seconds = way(form)
+                    runs.append({"form": form, "way": name, "seconds": seconds, "bytes": given["length"],
+                                 "service_processor_seconds": processor(service.process.pid) - before})
     finally:
         server.terminate()
         server.wait(30)
-    print(f"\n  a whole download of {given['length'] / 2**20:.0f} MiB, cold caches; medians of {options.pairs}")
-    for name in ways:
-        seconds = sorted(one["seconds"] for one in runs if one["way"] == name)[options.pairs // 2]
-        print(f"  {name:<32}{seconds:>8.2f} s {given['length'] / 2**20 / seconds:>8.0f} MiB/s", flush=True)
+    tell(options, runs, given["length"])
     return runs
+
+
+def tell(options, runs, length):
+    print(f"\n  a whole download of {length / 2**20:.0f} MiB by curl; medians of {options.pairs}")
+    for form, said in FORMS.items():
+        print(f"  {form}: {said}")
+        median = {}
+        for name in (QCHAIN, CONVERT, FLAT):
+            median[name] = sorted(one["seconds"] for one in runs if (one["form"], one["way"]) == (form, name))[options.pairs // 2]
+        for name, seconds in median.items():
+            print(f"    {name:<32}{seconds:>8.2f} s {length / 2**20 / seconds:>8.0f} MiB/s {seconds / median[QCHAIN]:>6.2f} times qchain's", flush=True)
+        own = [one["service_processor_seconds"] for one in runs if (one["form"], one["way"]) == (form, QCHAIN)]
+        print(f"    the service took {sorted(own)[options.pairs // 2]:.2f} s of processor for it", flush=True)
 
 
 def main():
