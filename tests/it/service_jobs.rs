@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::support::chains::write_truth;
-use super::support::service::{ADMIN, OPERATE, READ, Served, configure, same};
+use super::support::service::{ADMIN, LONG, OPERATE, READ, Served, configure, same};
 use super::support::world::World;
 
 fn path(name: &str) -> String {
@@ -200,6 +201,11 @@ fn a_key_makes_one_job() {
 
 /// Watches a job to its end; the events as (name, job).
 fn watch(served: &Served, id: &str) -> Vec<(String, Value)> {
+    watch_until(served, id, |_| false)
+}
+
+/// The same until an event is as wanted, which is the last one then.
+fn watch_until(served: &Served, id: &str, wanted: impl Fn(&Value) -> bool) -> Vec<(String, Value)> {
     let mut stream = served.connect();
     let head = format!(
         "GET /v1/jobs/{id}/events HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer {READ}\r\nConnection: close\r\n\r\n"
@@ -210,7 +216,12 @@ fn watch(served: &Served, id: &str) -> Vec<(String, Value)> {
         if let Some(text) = line.strip_prefix("event: ") {
             text.clone_into(&mut name);
         } else if let Some(text) = line.strip_prefix("data: ") {
-            events.push((name.clone(), serde_json::from_str(text).unwrap()));
+            let job = serde_json::from_str(text).unwrap();
+            let last = wanted(&job);
+            events.push((name.clone(), job));
+            if last {
+                break;
+            }
         }
     }
     events
@@ -233,6 +244,35 @@ fn a_job_is_watched_to_its_end() {
     assert!(pulse["phase"].is_string() && pulse["rate_per_second"].is_u64(), "{pulse}");
     // One that is over tells that at once.
     assert_eq!(watch(&served, &id).len(), 1);
+}
+
+#[test]
+fn a_job_is_watched_at_another_instance() {
+    let (world, first) = served("");
+    first.do_job(&json!({"kind": "adopt", "now": true}));
+    first.send("PUT", "/v1/limits", ADMIN, Some(&json!({"rate_bytes_per_second": 10_000}))).is(200);
+    let id = first.job(&json!({"kind": "verify", "level": "data"}));
+    let moves = |job: &Value| job["state"] == "running" && job["progress"]["total"].as_u64() > Some(0);
+    first.wait_for(&id, moves);
+    let second = Served::start(&world);
+    let events = watch_until(&second, &id, moves);
+    let (name, heard) = events.last().unwrap();
+    assert!(name == "job" && moves(heard), "{events:?}");
+    assert_eq!(
+        second.get(&format!("/v1/jobs/{id}")).is(200)["progress"]["phase"],
+        heard["progress"]["phase"]
+    );
+    let note = world.root().join(format!(".qchain/jobs/{id}.progress"));
+    assert!(note.exists());
+    second.post(&format!("/v1/jobs/{id}/cancel"), &json!({})).is(202);
+    let ended = watch(&second, &id);
+    assert_eq!(ended.last().unwrap().1["state"], "cancelled", "{ended:?}");
+    assert_eq!(ended.last().unwrap().1["progress"], Value::Null);
+    let begun = Instant::now();
+    while note.exists() {
+        assert!(begun.elapsed() < LONG, "the note of its progress stays");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

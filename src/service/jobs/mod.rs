@@ -1,5 +1,5 @@
 //! Jobs: what is asked for ([`request`]), who is next ([`queue`]), who runs it ([`worker`]), what each kind does
-//! ([`kinds`]), how it comes along ([`watch`]).
+//! ([`kinds`]), how it comes along ([`watch`]) and how others hear of that ([`tell`]).
 //!
 //! A job is a record on a store ([`crate::store::jobs`]); what is kept here is a picture of it that every poll renews.
 //! Only who holds a job's lease, a file beside the record, writes the record. So any number of instances may look at one
@@ -8,6 +8,7 @@
 mod kinds;
 mod queue;
 pub mod request;
+mod tell;
 pub mod watch;
 mod worker;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::request::{JobRequest, excludes, rank};
-use super::watch::Meter;
+use super::watch::{Meter, Pulse};
 use super::worker;
 use crate::failure::{Code, Kind};
 use crate::progress::Cancel;
@@ -39,6 +39,23 @@ pub struct Entry {
     pub home: String,
     /// If this process works on it.
     pub running: Option<Arc<Running>>,
+    /// How it comes along, as the instance that works on it told last.
+    pub heard: Option<Pulse>,
+}
+
+impl Entry {
+    /// One that this process does not work on.
+    fn new(record: JobRecord, home: &str) -> Self {
+        Self { record, home: home.to_owned(), running: None, heard: None }
+    }
+
+    /// How it comes along, if somebody works on it and that is known.
+    pub fn pulse(&self) -> Option<Pulse> {
+        match &self.running {
+            Some(running) => Some(running.meter.pulse()),
+            None => self.heard.clone().filter(|_| self.record.state == JobState::Running),
+        }
+    }
 }
 
 /// What is to become a job.
@@ -112,7 +129,7 @@ impl Jobs {
                 jobs.get(&record.id)?.ok_or_else(|| Problem::unavailable("the job is being made"))?;
             return self.made_before(record, home, key_of.as_ref());
         }
-        let entry = Entry { record, home: home.id().to_string(), running: None };
+        let entry = Entry::new(record, home.id().as_str());
         self.lock().entries.insert(entry.record.id.clone(), entry.clone());
         self.wake.notify_one();
         Ok(Made { entry, new: true })
@@ -126,7 +143,7 @@ impl Jobs {
         }
         let mut inner = self.lock();
         let entry = inner.entries.entry(record.id.clone());
-        let entry = entry.or_insert_with(|| Entry { record, home: home.id().to_string(), running: None });
+        let entry = entry.or_insert_with(|| Entry::new(record, home.id().as_str()));
         Ok(Made { entry: entry.clone(), new: false })
     }
 
@@ -139,7 +156,7 @@ impl Jobs {
         for (_, store) in stores.iter().filter(|(_, store)| store.record().is_some()) {
             let Ok(jobs) = JobShelf::new(store) else { continue };
             if let Some(record) = jobs.get(id)? {
-                return Ok(Some(Entry { record, home: store.id().to_string(), running: None }));
+                return Ok(Some(Entry::new(record, store.id().as_str())));
             }
         }
         Ok(None)
@@ -196,7 +213,7 @@ impl Jobs {
                 Some(entry) if entry.running.is_some() || entry.record.state.is_over() => {}
                 Some(entry) => entry.record = record,
                 None => {
-                    inner.entries.insert(record.id.clone(), Entry { record, home, running: None });
+                    inner.entries.insert(record.id.clone(), Entry::new(record, &home));
                 }
             }
         }
@@ -213,6 +230,13 @@ impl Jobs {
     pub fn set(&self, record: &JobRecord) {
         if let Some(entry) = self.lock().entries.get_mut(&record.id) {
             entry.record = record.clone();
+        }
+    }
+
+    /// How a job comes along that another instance works on.
+    pub fn hear(&self, id: &JobId, heard: Option<Pulse>) {
+        if let Some(entry) = self.lock().entries.get_mut(id) {
+            entry.heard = heard;
         }
     }
 
@@ -363,7 +387,7 @@ mod tests {
     fn add(inner: &mut Inner, kind: &str, chain: &str, made_ns: i64) -> JobId {
         let id = JobId::of_key(kind, &format!("{chain}{made_ns}"));
         let record = JobRecord::new(id.clone(), kind, Value::Null, vec![chain.to_owned()], "t", made_ns);
-        inner.entries.insert(id.clone(), Entry { record, home: "s".to_owned(), running: None });
+        inner.entries.insert(id.clone(), Entry::new(record, "s"));
         id
     }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::progress::Progress;
@@ -19,8 +19,19 @@ pub struct Meter {
     done: AtomicU64,
 }
 
+/// What a phase counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    /// Bytes.
+    Bytes,
+    /// Members.
+    Members,
+}
+
 /// How a job comes along, at one moment.
-#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Pulse {
     /// What is being done.
     pub phase: String,
@@ -28,8 +39,8 @@ pub struct Pulse {
     pub done: u64,
     /// How much the phase has; 0 if that is not known.
     pub total: u64,
-    /// What is counted: `bytes` or `members`.
-    pub unit: &'static str,
+    /// What is counted.
+    pub unit: Unit,
     /// By the second, since the phase began.
     pub rate_per_second: u64,
     /// How long the phase takes still, if it goes on like that.
@@ -51,7 +62,7 @@ impl Meter {
         let rate = done.saturating_mul(1000) / milliseconds;
         let left = total.saturating_sub(done);
         let remaining_seconds = left.checked_div(rate).filter(|_| total > 0);
-        let unit = if total >= LEAST_BYTES { "bytes" } else { "members" };
+        let unit = if total >= LEAST_BYTES { Unit::Bytes } else { Unit::Members };
         Pulse { phase, done, total, unit, rate_per_second: rate, remaining_seconds }
     }
 }
@@ -70,7 +81,7 @@ impl Progress for Meter {
 
 #[cfg(test)]
 mod tests {
-    use super::Meter;
+    use super::{Meter, Unit};
     use crate::progress::Progress as _;
 
     #[test]
@@ -79,7 +90,7 @@ mod tests {
         meter.phase("reading", 4 << 20);
         meter.advance(4 << 20);
         let pulse = meter.pulse();
-        assert_eq!((pulse.phase.as_str(), pulse.done, pulse.unit), ("reading", 4 << 20, "bytes"));
+        assert_eq!((pulse.phase.as_str(), pulse.done, pulse.unit), ("reading", 4 << 20, Unit::Bytes));
         assert_eq!(pulse.remaining_seconds, Some(0));
         meter.phase("ending", 0);
         assert_eq!((meter.pulse().done, meter.pulse().remaining_seconds), (0, None));

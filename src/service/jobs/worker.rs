@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::kinds::{self, Outcome, Work, job_error};
 use super::queue::{Entry, Running};
 use super::request::JobRequest;
+use super::tell::tell;
 use crate::change::{Lease, Site, SystemClock};
 use crate::failure::{Code, Failure, Kind, with_causes};
 use crate::ops::OpError;
@@ -36,12 +37,13 @@ const SWEEP_EVERY: u64 = 300;
 /// Starts the threads. They end when the service drains.
 pub fn start(service: &Shared) -> std::io::Result<Vec<JoinHandle<()>>> {
     let workers = service.config.jobs.max(1);
-    let mut threads = Vec::with_capacity(workers + 1);
+    let mut threads = Vec::with_capacity(workers + 2);
     let spawn = |name: String, run: fn(&Service, usize)| {
         let service = service.clone();
         std::thread::Builder::new().name(name).spawn(move || run(&service, workers))
     };
     threads.push(spawn("jobs-poll".to_owned(), poll)?);
+    threads.push(spawn("jobs-tell".to_owned(), tell)?);
     for number in 0..workers {
         threads.push(spawn(format!("jobs-{number}"), work)?);
     }
@@ -191,6 +193,8 @@ fn keep(
     shelf.replace(record)?;
     service.jobs.set(record);
     if record.state.is_over() {
+        // Else it goes with the record.
+        let _ = shelf.remove_progress(&record.id);
         service.metrics.count_job(record, started.elapsed());
         let code = record.error.as_ref().map(|error| error.code.as_str());
         tracing::info!(state = record.state.word(), code, "the job is over");

@@ -63,7 +63,8 @@ pub struct JobDocument {
     pub ended: Option<String>,
     /// How often it was begun and not ended in good order.
     pub attempts: u32,
-    /// How it comes along; null unless this instance works on it.
+    /// How it comes along; of a job that another instance works on, as that told a few seconds ago. Null if it does not
+    /// run, or nothing is known yet.
     pub progress: Option<Pulse>,
     /// Why it failed.
     pub error: Option<JobError>,
@@ -137,7 +138,7 @@ impl JobDocument {
             begun: record.begun_ns.map(time),
             ended: record.ended_ns.map(time),
             attempts: record.attempts,
-            progress: entry.running.as_ref().map(|running| running.meter.pulse()),
+            progress: entry.pulse(),
             error: record.error.clone(),
             result: None,
         }

@@ -1,4 +1,5 @@
-//! The files of jobs on one store: `<id>.json`, `<id>.result`, `<id>.cancel`, `<id>.lease`.
+//! The files of jobs on one store: `<id>.json`, `<id>.result`, `<id>.progress`, `<id>.cancel`,
+//! `<id>.lease`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,11 +15,14 @@ use crate::store::{Result, Store, StoreError};
 pub const MAX_JOBS: usize = 10_000;
 /// The largest result that is kept, in bytes.
 pub const MAX_RESULT_BYTES: u64 = 16 << 20;
+/// The largest note of how a job comes along, in bytes.
+const MAX_PROGRESS_BYTES: u64 = 4096;
 /// Temporaries that are older belong to nobody any more, in nanoseconds: one day.
 const OLD_NS: i128 = 86_400_000_000_000;
 
 const RECORD: &str = ".json";
 const RESULT: &str = ".result";
+const PROGRESS: &str = ".progress";
 const CANCEL: &str = ".cancel";
 const LEASE: &str = ".lease";
 const TEMPORARY: &str = ".tmp";
@@ -156,6 +160,23 @@ impl JobShelf {
         Ok(read.filter(|bytes| bytes.len() as u64 <= MAX_RESULT_BYTES))
     }
 
+    /// Notes how a job comes along, for the other instances. Only for who works on it.
+    pub fn put_progress(&self, id: &JobId, bytes: &[u8]) -> Result<()> {
+        publish::replace(self.backend.as_ref(), &directory(), &file(id, PROGRESS), bytes, false)
+            .map_err(|source| self.failed(source))
+    }
+
+    /// How a job came along when that was noted last; whoever reads it parses it.
+    pub fn progress(&self, id: &JobId) -> Result<Option<Vec<u8>>> {
+        let read = self.read(id, PROGRESS, MAX_PROGRESS_BYTES)?;
+        Ok(read.filter(|bytes| bytes.len() as u64 <= MAX_PROGRESS_BYTES))
+    }
+
+    /// Removes that note: the job is over.
+    pub fn remove_progress(&self, id: &JobId) -> Result<()> {
+        self.remove_file(&file(id, PROGRESS))
+    }
+
     /// Asks whoever runs a job, or is going to, to stop it. Lasts; asking again changes nothing.
     pub fn ask_to_cancel(&self, id: &JobId) -> Result<()> {
         match publish::write_new(self.backend.as_ref(), &directory(), &file(id, CANCEL), b"{}\n") {
@@ -175,7 +196,7 @@ impl JobShelf {
 
     /// Removes a job that is over, its record last.
     pub fn remove(&self, id: &JobId) -> Result<()> {
-        for what in [RESULT, CANCEL, LEASE, RECORD] {
+        for what in [RESULT, PROGRESS, CANCEL, LEASE, RECORD] {
             self.remove_file(&file(id, what))?;
         }
         Ok(())
@@ -188,7 +209,7 @@ impl JobShelf {
         let mut removed = 0;
         for name in &names {
             let Ok(path) = directory().join(name) else { continue };
-            let of_job = [RESULT, CANCEL, LEASE].iter().find_map(|end| name.strip_suffix(end));
+            let of_job = [RESULT, PROGRESS, CANCEL, LEASE].iter().find_map(|end| name.strip_suffix(end));
             let goes = match of_job.filter(|id| JobId::parse(id).is_some()) {
                 Some(id) => !ids.contains(id),
                 None => name.strip_suffix(TEMPORARY).is_some() && self.is_old(&path, now_ns),
