@@ -9,7 +9,7 @@ use super::error::{Exit, Result};
 use super::members;
 use super::output::{self, Table, human};
 use crate::database::read_export;
-use crate::ops::list::{Chain, Entry, ListOptions, ListReport, list};
+use crate::ops::list::{Chain, Entry, ListOptions, ListReport, list, weigh};
 use crate::store::names::resolve_all;
 use crate::store::record::StoreKind;
 
@@ -34,7 +34,10 @@ pub fn run(context: &Context, args: &Args) -> Result<Exit> {
     let scan = context.scan_cached(&stores)?;
     let chosen = if names.is_empty() { None } else { Some(resolve_all(&stores, &scan, &names)?) };
     let options = ListOptions { members: chosen.as_deref(), records: records.as_ref() };
-    let report = list(&stores, &scan, &options, context.progress(), &context.cancel)?;
+    let mut report = list(&stores, &scan, &options, &context.cancel)?;
+    if let Some(records) = &records {
+        weigh(&stores, &scan, records, &mut report.chains, context.progress(), &context.cancel)?;
+    }
     context.print(&report, |out| {
         let write = if args.tree { write_trees } else { write_table };
         write(out, &report)?;

@@ -122,13 +122,21 @@ pub enum RefState {
 }
 
 impl RefState {
-    fn parse(text: &str) -> Self {
+    /// The state of that name.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
         match text {
             "Ready" => Self::Ready,
             "Hidden" => Self::Hidden,
             "Destroyed" => Self::Destroyed,
             other => Self::Other(other.to_owned()),
         }
+    }
+
+    /// Whether CloudStack has given up a file in that state.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        matches!(self, Self::Hidden | Self::Destroyed)
     }
 
     /// The state as CloudStack writes it.
@@ -190,7 +198,7 @@ impl Row {
     /// Whether CloudStack has given the file up: its state here is Hidden or Destroyed.
     #[must_use]
     pub fn deletable(&self) -> bool {
-        matches!(self.ref_state, RefState::Hidden | RefState::Destroyed)
+        self.ref_state.is_given_up()
     }
 }
 

@@ -81,6 +81,7 @@ pub struct Metrics {
     open_operations: Family<OfStore, Gauge>,
     frozen: Family<OfStore, Gauge>,
     leaving: Family<OfStore, Gauge>,
+    pinned: Family<OfStore, Gauge>,
     members: Family<OfKnowledge, Gauge>,
     verification_age: Family<OfStore, Gauge>,
     holdings: Holdings,
@@ -113,6 +114,7 @@ impl Metrics {
             open_operations: Family::default(),
             frozen: Family::default(),
             leaving: Family::default(),
+            pinned: Family::default(),
             members: Family::default(),
             verification_age: Family::default(),
             holdings: Holdings::default(),
@@ -153,6 +155,8 @@ impl Metrics {
         all.register("frozen_trees", help, self.frozen.clone());
         let help = "What members take that are deleted and keep their names until the grace ends";
         all.register_with_unit("leaving", help, Unit::Bytes, self.leaving.clone());
+        let help = "What members take that CloudStack's rows have given up; only with rows";
+        all.register_with_unit("pinned", help, Unit::Bytes, self.pinned.clone());
         let help = "Members of chains: all bytes read since they were adopted, not all, not adopted";
         all.register("members", help, self.members.clone());
         let help = "Since when the byte that was left alone for longest was not read";
@@ -258,17 +262,21 @@ impl Metrics {
     /// What a look at all members says; nothing of stores that cannot be read.
     fn tell_holdings(&self, service: &Service) {
         self.leaving.clear();
+        self.pinned.clear();
         self.members.clear();
         self.verification_age.clear();
-        let found = self.holdings.get(&service.config).unwrap_or_else(|problem| {
+        let found = self.holdings.get(&service.config, &service.rows).unwrap_or_else(|problem| {
             tracing::debug!("no look at all members: {}", problem.detail());
             std::collections::BTreeMap::default()
         });
         let value = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         for (store, held) in found {
-            let Held { leaving_bytes, read, never_read, not_adopted, age_seconds } = held;
+            let Held { leaving_bytes, pinned_bytes, read, never_read, not_adopted, age_seconds } = held;
             let label = OfStore { store: store.clone() };
             self.leaving.get_or_create(&label).set(value(leaving_bytes));
+            if let Some(pinned) = pinned_bytes {
+                self.pinned.get_or_create(&label).set(value(pinned));
+            }
             for (known, count) in [("read", read), ("never-read", never_read), ("not-adopted", not_adopted)] {
                 let label = OfKnowledge { store: store.clone(), known };
                 self.members.get_or_create(&label).set(value(count as u64));

@@ -10,6 +10,7 @@
 //! | `downloads` | images at signed URLs, by any range, with no file in between |
 //! | `peers` | members that other zones copy, kept open |
 //! | [`schedule`] | the jobs that the service makes by itself |
+//! | `rows` | CloudStack's rows, for jobs and to be shown |
 //! | `view` | stores opened, scanned, resolved, off the asynchronous threads |
 //! | `page` | the page at `/`: static files that use the API |
 //! | `health` `holdings` `metrics` `openapi` | what watchers and clients read |
@@ -38,6 +39,7 @@ mod patient;
 mod peers;
 pub mod problem;
 mod routes;
+mod rows;
 pub mod schedule;
 mod server;
 mod state;

@@ -15,6 +15,7 @@ use super::jobs::Jobs;
 use super::metrics::Metrics;
 use super::peers::Offers;
 use super::problem::Problem;
+use super::rows::Shown;
 use crate::progress::Pace;
 
 /// How many requests read stores at once.
@@ -33,6 +34,7 @@ pub struct Service {
     pub offers: Offers,
     pub metrics: Metrics,
     pub health: Health,
+    pub rows: Shown,
     draining: AtomicBool,
     readers: Arc<Semaphore>,
 }
@@ -52,6 +54,7 @@ impl Service {
             offers: Offers::default(),
             metrics: Metrics::new(),
             health: Health::default(),
+            rows: Shown::default(),
             draining: AtomicBool::new(false),
             readers: Arc::new(Semaphore::new(READERS)),
             config,

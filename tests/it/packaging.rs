@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::support::service::{Served, configure};
+use super::support::service::{Served, configure, write_rows};
 use super::support::world::World;
 
 fn file(name: &str) -> String {
@@ -27,7 +27,8 @@ fn alerts_and_dashboard_ask_for_figures_that_there_are() {
     assert_eq!(world.run(&["verify", "c", "--level", "data"]).0, 0);
     let leave = ["delete", "b", "--assume-deleted", "--now", "--yes", "--grace", "1h"];
     assert_eq!(world.run(&leave).0, 0);
-    configure(&world, "");
+    let rows = write_rows(&world, &[("a", "Ready"), ("b", "Hidden"), ("c", "Ready"), ("d", "Ready")]);
+    configure(&world, &format!("[schedule]\nrecords = {rows:?}\n"));
     let served = Served::start(&world);
     served.do_job(&json!({"kind": "verify"}));
     assert_eq!(served.get("/nothing").status, 404);
@@ -53,6 +54,7 @@ fn alerts_and_dashboard_ask_for_figures_that_there_are() {
     let leaving = |entry: &&Value| entry["state"] == "leaving";
     let entry = list["chains"][0]["members"].as_array().unwrap().iter().find(leaving).unwrap();
     assert_eq!(Some(value("qchain_leaving_bytes{store=\"s1\"}")), entry["allocated_bytes"].as_u64());
+    assert_eq!(value("qchain_pinned_bytes{store=\"s1\"}"), value("qchain_leaving_bytes{store=\"s1\"}"));
     let (_, owed) = world.run(&["verify", "--debt"]);
     let adopted = owed["debt"].as_array().unwrap().iter().filter(|one| one["adopted"] == true).count();
     let known = |word: &str| {

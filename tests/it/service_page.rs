@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::support::browser::{Browser, ENTER, ESCAPE, RIGHT, SPACE};
-use super::support::service::{OPERATE, READ, Served, configure, same};
+use super::support::service::{OPERATE, READ, Served, configure, same, write_rows};
 use super::support::world::World;
 
 const LONG_NAMES: [&str; 5] = [
@@ -113,6 +113,102 @@ fn a_delete_is_planned_confirmed_and_watched_by_keyboard() {
     assert_eq!(jobs["jobs"].as_array().unwrap().len(), 1, "{jobs}");
     same(&world.member("c"), &truth);
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+/// The rows of the members of [`world`]: c is hidden but the newest, the second of the long chain is hidden, the third
+/// destroyed and leaving.
+fn hide(world: &World) -> std::path::PathBuf {
+    let mut rows = vec![("a", "Ready"), ("b", "Ready"), ("c", "Hidden")];
+    rows.extend(LONG_NAMES.into_iter().zip(["Ready", "Hidden", "Destroyed", "Ready", "Allocated"]));
+    write_rows(world, &rows)
+}
+
+#[test]
+fn what_cloudstack_deleted_is_drawn_and_weighed() {
+    let world = world();
+    let rows = hide(&world);
+    configure(&world, &format!("[schedule]\nrecords = {rows:?}\n"));
+    let listed = std::process::Command::new(env!("CARGO_BIN_EXE_qchain"))
+        .arg("--config")
+        .arg(world.directory.path().join("qchain.toml"))
+        .args(["--json", "list", "--records"])
+        .arg(&rows)
+        .output()
+        .unwrap();
+    let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let served = Served::start(&world);
+    // The same as the command line tells.
+    let page = served.get("/v1/chains").is(200);
+    let facts = |document: &Value| -> Vec<Value> {
+        let chains = document["chains"].as_array().unwrap().iter();
+        chains.map(|one| json!([one["members"], one["pinned_bytes"], one["merge_frees_bytes"]])).collect()
+    };
+    let (here, there) = (facts(&page), facts(&listed));
+    assert!(here.len() == 3 && here.iter().all(|chain| there.contains(chain)), "{here:?}\n{there:?}");
+    assert_eq!(page["rows_missing"], Value::Null);
+    let sum = |key: &str| -> u64 {
+        page["chains"].as_array().unwrap().iter().filter_map(|chain| chain[key].as_u64()).sum()
+    };
+    assert!(sum("merge_frees_bytes") > 0 && sum("pinned_bytes") > 0, "{page}");
+    let figures = String::from_utf8(served.get("/metrics").body).unwrap();
+    assert!(
+        figures.contains(&format!("qchain_pinned_bytes{{store=\"s1\"}} {}\n", sum("pinned_bytes"))),
+        "{figures}"
+    );
+    // States by the rows' words, and by those for all of them.
+    for (state, count) in
+        [("ready", 2), ("settled", 2), ("hidden", 2), ("destroyed", 0), ("leaving", 1), ("allocated", 1)]
+    {
+        let chains = served.get(&format!("/v1/chains?state={state}")).is(200)["chains"].clone();
+        assert_eq!(chains.as_array().unwrap().len(), count, "{state}: {chains}");
+    }
+    let browser = Browser::start();
+    browser.look(1280, false);
+    browser.open(&format!("http://{}/", served.address));
+    browser.wait("document.activeElement.id === 'token'");
+    browser.keys(&format!("{READ}{ENTER}"));
+    browser.wait("document.querySelectorAll('.chain').length === 3");
+    let shown = |name: &str| {
+        browser.run(&format!(
+            "const {{ kind, held }} = document.querySelector(\"{}\").dataset; return `${{kind}} ${{held}}`",
+            member(name)
+        ))
+    };
+    assert_eq!(
+        ["a", "c", LONG_NAMES[1], LONG_NAMES[2], LONG_NAMES[4]].map(shown),
+        ["settled false", "hidden true", "hidden true", "leaving true", "settled false"].map(Value::from)
+    );
+    let totals = browser.run("return document.getElementById('totals').innerText");
+    let totals = totals.as_str().unwrap();
+    for part in ["Held by deleted members", "Merging could free"] {
+        assert!(totals.contains(part), "{totals}");
+    }
+    let said = browser.run("return document.getElementById('list').innerText");
+    assert!(said.as_str().unwrap().contains("merging frees"), "{said}");
+    pictures(&browser, "held");
+    assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn rows_that_cannot_be_read_are_missed_in_words() {
+    let world = world();
+    let rows = hide(&world);
+    configure(&world, &format!("[schedule]\nrecords = {rows:?}\n"));
+    std::fs::write(&rows, "no rows").unwrap();
+    let served = Served::start(&world);
+    for path in ["/v1/chains", "/v1/members"] {
+        let page = served.get(path).is(200);
+        assert!(page["rows_missing"].as_str().unwrap().contains("rows.tsv"), "{page}");
+    }
+    assert!(!String::from_utf8(served.get("/metrics").body).unwrap().contains("qchain_pinned_bytes{"));
+    let browser = Browser::start();
+    browser.look(400, true);
+    browser.open(&format!("http://{}/", served.address));
+    browser.wait("document.activeElement.id === 'token'");
+    browser.keys(&format!("{READ}{ENTER}"));
+    browser.wait("document.querySelectorAll('.chain').length === 3");
+    let said = browser.run("return document.getElementById('trouble').innerText");
+    assert!(said.as_str().unwrap().contains("rows.tsv"), "{said}");
 }
 
 #[test]

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::support::chains::write_truth;
 use super::support::qemu::text;
-use super::support::service::{LONG, Served, URL, configure, same};
-use super::support::world::{COLUMNS, World};
+use super::support::service::{LONG, Served, configure, same, write_rows};
+use super::support::world::World;
 
 /// a <- b <- c, opted in and adopted.
 fn world() -> World {
@@ -100,21 +100,7 @@ fn trash_that_is_due_goes_by_itself() {
 
 /// The rows of the chain; b in that state.
 fn rows(world: &World, of_b: &str) -> String {
-    let line = |(at, name): (usize, &str)| {
-        let length = fs::metadata(world.member(name)).map_or(0, |found| found.len());
-        let state = if name == "b" { of_b } else { "Ready" };
-        let status = if state == "Hidden" { "Destroyed" } else { "BackedUp" };
-        format!(
-            "u\t{URL}\tImage\t{}\tx\tn\t2\t7\tKVM\t{status}\t{state}\tsnapshots/2/7/{name}\t{at}\t0\t10485760\t{length}\tNULL\t\
-             2026-01-0{} 00:00:00\n",
-            at + 1,
-            at + 1
-        )
-    };
-    let path = world.directory.path().join("rows.tsv");
-    let lines: String = ["a", "b", "c"].into_iter().enumerate().map(line).collect();
-    fs::write(&path, format!("{COLUMNS}\n{lines}")).unwrap();
-    text(&path).to_owned()
+    text(&write_rows(world, &[("a", "Ready"), ("b", of_b), ("c", "Ready")])).to_owned()
 }
 
 #[test]

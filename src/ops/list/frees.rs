@@ -29,18 +29,18 @@ pub fn estimate(
     stores: &Stores,
     scan: &Scan,
     records: &Records,
-    trees: &[(usize, &Tree)],
+    trees: &[Option<&Tree>],
     progress: &dyn Progress,
     cancel: &Cancel,
 ) -> Result<Vec<Freed>> {
     progress.phase("estimating merges", trees.len() as u64);
-    let of_tree = |(_, tree): &(usize, &Tree)| {
+    let of_tree = |tree: Option<&Tree>| {
         cancel.check()?;
-        let freed = of_tree(stores, scan, records, tree);
+        let freed = tree.map_or_else(Freed::default, |tree| of_tree(stores, scan, records, tree));
         progress.advance(1);
         Ok(freed)
     };
-    trees.par_iter().map(of_tree).collect()
+    trees.par_iter().copied().map(of_tree).collect()
 }
 
 fn of_tree(stores: &Stores, scan: &Scan, records: &Records, tree: &Tree) -> Freed {

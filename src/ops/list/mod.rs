@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::backend::Capabilities;
 use crate::chain::graph::{Graph, NodeId, Tree};
 use crate::cloudstack::paths::SNAPSHOTS;
-use crate::cloudstack::records::{Records, Row};
+use crate::cloudstack::records::{Records, RefState, Row};
 use crate::ops::Result;
 use crate::progress::{Cancel, Progress};
 use crate::store::Stores;
@@ -48,7 +48,7 @@ pub struct Chain {
     pub tree: usize,
     /// Parents before children; each member is followed by all above it before its next sibling.
     pub members: Vec<Entry>,
-    /// Bytes that members take which CloudStack has given up; only with its records.
+    /// Bytes that members take which CloudStack has given up; only with its rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pinned_bytes: Option<u64>,
     /// Bytes that merging those away would free, about; null where it cannot be done.
@@ -85,6 +85,14 @@ pub struct Entry {
     pub incoming: Option<String>,
 }
 
+impl Entry {
+    /// Whether its row says that CloudStack has given it up.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        self.record.as_deref().is_some_and(|state| RefState::parse(state).is_given_up())
+    }
+}
+
 /// What to list.
 #[derive(Debug, Default)]
 pub struct ListOptions<'a> {
@@ -94,14 +102,8 @@ pub struct ListOptions<'a> {
     pub records: Option<&'a Records>,
 }
 
-/// Lists trees.
-pub fn list(
-    stores: &Stores,
-    scan: &Scan,
-    options: &ListOptions<'_>,
-    progress: &dyn Progress,
-    cancel: &Cancel,
-) -> Result<ListReport> {
+/// Lists trees. What their members hold is told by [`weigh`].
+pub fn list(stores: &Stores, scan: &Scan, options: &ListOptions<'_>, cancel: &Cancel) -> Result<ListReport> {
     let named: Option<BTreeSet<usize>> =
         options.members.map(|members| members.iter().map(|id| scan.graph.tree_of(*id)).collect());
     let wanted = |(index, tree): &(usize, &Tree)| match &named {
@@ -110,12 +112,8 @@ pub fn list(
     };
     let trees: Vec<(usize, &Tree)> = scan.graph.trees().iter().enumerate().filter(wanted).collect();
     let mut chains = Vec::with_capacity(trees.len());
-    let gains = match options.records {
-        Some(records) => Some(frees::estimate(stores, scan, records, &trees, progress, cancel)?),
-        None => None,
-    };
     let known = records::read(stores, scan, cancel);
-    for (place, (index, tree)) in trees.iter().enumerate() {
+    for (index, tree) in &trees {
         let members = tree.members.iter().filter_map(|id| {
             let mut entry = entry(stores, scan, options.records, *id)?;
             if known.leaving.contains(id) {
@@ -123,13 +121,8 @@ pub fn list(
             }
             Some(entry)
         });
-        let gain = gains.as_ref().and_then(|gains| gains.get(place));
-        chains.push(Chain {
-            tree: *index,
-            members: members.collect(),
-            pinned_bytes: gain.map(|gain| gain.pinned_bytes),
-            merge_frees_bytes: gain.map(|gain| gain.frees_bytes),
-        });
+        let members = members.collect();
+        chains.push(Chain { tree: *index, members, pinned_bytes: None, merge_frees_bytes: None });
     }
     let mut findings = scan.findings.clone();
     findings.extend(known.findings);
@@ -145,6 +138,26 @@ pub fn list(
         capabilities: store.record().and_then(|record| record.capabilities),
     });
     Ok(ListReport { stores: stores.collect(), chains, findings })
+}
+
+/// Tells of chains that were listed what members given up hold, and what merging those away would free. That lays out the
+/// merges, so it takes longer than listing them.
+pub fn weigh(
+    stores: &Stores,
+    scan: &Scan,
+    records: &Records,
+    chains: &mut [Chain],
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<()> {
+    let all = scan.graph.trees();
+    let trees: Vec<Option<&Tree>> = chains.iter().map(|chain| all.get(chain.tree)).collect();
+    let gains = frees::estimate(stores, scan, records, &trees, progress, cancel)?;
+    for (chain, gain) in chains.iter_mut().zip(gains) {
+        chain.pinned_bytes = Some(gain.pinned_bytes);
+        chain.merge_frees_bytes = Some(gain.frees_bytes);
+    }
+    Ok(())
 }
 
 /// Whether a tree is more than templates or volumes that stand alone.

@@ -11,7 +11,7 @@ export const KINDS = {
   stub: "stands in for a deleted one",
   temporary: "CloudStack's temporary file",
 };
-const GONE = ["Hidden", "Destroyed", "Destroying"];
+const GONE = ["Hidden", "Destroyed"];
 
 // A member with a row has that row's state, in small letters, unless something is the case with its file.
 export const kindOf = (entry) => (Object.hasOwn(KINDS, entry.state) ? entry.state : isHeld(entry) ? "hidden" : "settled");
@@ -84,8 +84,9 @@ export function drawing(chain, open) {
   const all = members.reduce((sum, entry) => sum + entry.allocated_bytes, 0);
   const base = members[0].member;
   const said = [`${base.slice(0, base.lastIndexOf("/") + 1)} · ${members.length} ${members.length === 1 ? "member" : "members"} · ${bytes(all)}`];
-  if (chain.pinned_bytes || held) said.push(`${bytes(chain.pinned_bytes ?? held)} held by deleted members`);
+  if (held) said.push(`${bytes(held)} held by deleted members`);
   if (chain.merge_frees_bytes) said.push(`merging frees ${bytes(chain.merge_frees_bytes)}`);
+  if (chain.pinned_bytes && chain.merge_frees_bytes === null) said.push("cannot be merged as it is");
   const found = branches(members);
   // One scale for all rows of a chain: the one that takes most is as wide as there is room.
   const widest = Math.max(...found.map((row) => row.members.reduce((sum, entry) => sum + entry.allocated_bytes, 0)));

@@ -2,6 +2,7 @@
 #![expect(unused_qualifications, reason = "the macro that describes routes writes them")]
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use axum::extract::State;
 use axum::response::Response;
@@ -10,10 +11,11 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::document;
 use crate::chain::graph::NodeId;
+use crate::cloudstack::records::Records;
 use crate::failure::{Code, Kind};
 use crate::ops::OpError;
 use crate::ops::delete::MergeDocument;
-use crate::ops::list::{Chain, Entry, ListOptions, ListReport, StoreEntry, list};
+use crate::ops::list::{Chain, Entry, ListOptions, ListReport, StoreEntry, list, weigh};
 use crate::progress::{Cancel, Silent};
 use crate::service::extract::{Asked, Body, Named, Operator, Reader};
 use crate::service::jobs::plan as plan_delete;
@@ -37,7 +39,8 @@ pub struct Filter {
     prefix: Option<String>,
     /// Only of that store.
     store: Option<String>,
-    /// Only what has a member in that state.
+    /// Only what has a member in that state: one of those of members, where `settled` and `hidden` are also those whose
+    /// rows say in other words that they are in use, or given up.
     state: Option<String>,
     /// How many, at most.
     #[param(minimum = 1, maximum = 1000)]
@@ -51,8 +54,16 @@ impl Filter {
         let path = entry.member.strip_prefix(&format!("{}:", entry.store)).unwrap_or(&entry.member);
         self.prefix.as_ref().is_none_or(|prefix| path.starts_with(prefix.as_str()))
             && self.store.as_ref().is_none_or(|store| entry.store == *store)
-            && self.state.as_ref().is_none_or(|state| entry.state == *state)
+            && self.state.as_ref().is_none_or(|state| is_in(entry, state))
     }
+}
+
+/// Whether a member is in a state. Settled ones with a row are in that row's state, which has several words for being in
+/// use and for being given up.
+fn is_in(entry: &Entry, state: &str) -> bool {
+    let by_row = entry.record.as_ref().is_some_and(|record| entry.state == record.to_lowercase());
+    let also = if entry.is_given_up() { "hidden" } else { "settled" };
+    entry.state == state || (by_row && state == also)
 }
 
 /// A part of what is `named`, in the order of names; the name to go on behind, if there is more.
@@ -83,6 +94,9 @@ pub struct ChainPage {
     chains: Vec<Chain>,
     /// What is worth telling about their members.
     findings: Vec<Finding>,
+    /// Why it has no CloudStack rows although the service is told where they are; null if it has them, or no such
+    /// place is known.
+    rows_missing: Option<String>,
     /// What to give as `after` for those that follow; null if there are none.
     next: Option<String>,
 }
@@ -103,15 +117,32 @@ pub struct MemberPage {
     members: Vec<MemberDocument>,
     /// What is worth telling about them.
     findings: Vec<Finding>,
+    /// Why it has no CloudStack rows although the service is told where they are; null if it has them, or no such
+    /// place is known.
+    rows_missing: Option<String>,
     /// What to give as `after` for those that follow; null if there are none.
     next: Option<String>,
 }
 
-fn listed(service: &Shared) -> Result<(View, ListReport), Problem> {
+/// What there is, and what is known of it.
+struct Listed {
+    view: View,
+    report: ListReport,
+    records: Option<Arc<Records>>,
+    /// Why there are no rows.
+    missing: Option<String>,
+}
+
+/// Lists are answered without rows where those cannot be read: the stores are there all the same.
+fn listed(service: &Shared) -> Result<Listed, Problem> {
     let view = View::read(&service.config)?;
-    let cancel = Cancel::default();
-    let report = list(&view.stores, &view.scan, &ListOptions::default(), &Silent, &cancel)?;
-    Ok((view, report))
+    let (records, missing) = match service.rows.get(&service.config) {
+        Ok(records) => (records, None),
+        Err(why) => (None, Some(why)),
+    };
+    let options = ListOptions { members: None, records: records.as_deref() };
+    let report = list(&view.stores, &view.scan, &options, &Cancel::default())?;
+    Ok(Listed { view, report, records, missing })
 }
 
 fn base(chain: &Chain) -> String {
@@ -128,14 +159,19 @@ pub async fn chains(
     Asked(filter): Asked<Filter>,
 ) -> Result<Response, Problem> {
     let found = service.blocking(move |service| {
-        let (_, mut report) = listed(service)?;
+        let Listed { view, mut report, records, missing } = listed(service)?;
         report.chains.retain(|chain| chain.members.iter().any(|entry| filter.fits(entry)));
-        let (chains, next) = page(report.chains, base, filter.limit, filter.after.as_ref())?;
+        let (mut chains, next) = page(report.chains, base, filter.limit, filter.after.as_ref())?;
+        if let Some(records) = records {
+            // Only of those that are shown: it reads tables.
+            weigh(&view.stores, &view.scan, &records, &mut chains, &Silent, &Cancel::default())?;
+        }
         let shown = |finding: &Finding| {
             chains.iter().flat_map(|chain| &chain.members).any(|entry| entry.member == finding.member)
         };
         report.findings.retain(shown);
-        Ok(ChainPage { stores: report.stores, chains, findings: report.findings, next })
+        let ListReport { stores, findings, .. } = report;
+        Ok(ChainPage { stores, chains, findings, rows_missing: missing, next })
     });
     Ok(document(&found.await?))
 }
@@ -150,7 +186,7 @@ pub async fn members(
     Asked(filter): Asked<Filter>,
 ) -> Result<Response, Problem> {
     let found = service.blocking(move |service| {
-        let (view, mut report) = listed(service)?;
+        let Listed { view, mut report, missing, .. } = listed(service)?;
         let all = report.chains.into_iter().flat_map(|chain| chain.members);
         let all: Vec<Entry> = all.filter(|entry| filter.fits(entry)).collect();
         let (entries, next) = page(all, |entry| entry.member.clone(), filter.limit, filter.after.as_ref())?;
@@ -158,7 +194,7 @@ pub async fn members(
         let ids: HashMap<String, NodeId> = view.scan.graph.ids().map(|id| (view.name(id), id)).collect();
         let row = |entry: &Entry| Row::of(&view, *ids.get(&entry.member)?);
         let members = entries.into_iter().map(|entry| MemberDocument { row: row(&entry), entry }).collect();
-        Ok(MemberPage { members, findings: report.findings, next })
+        Ok(MemberPage { members, findings: report.findings, rows_missing: missing, next })
     });
     Ok(document(&found.await?))
 }
@@ -171,7 +207,7 @@ pub async fn member(
     Named(name): Named<String>,
 ) -> Result<Response, Problem> {
     let found = service.blocking(move |service| {
-        let (view, report) = listed(service)?;
+        let Listed { view, report, .. } = listed(service)?;
         let id = crate::store::names::resolve_one(&view.stores, &view.scan, &name)?;
         let name = view.name(id);
         let entry = report.chains.into_iter().flat_map(|chain| chain.members);

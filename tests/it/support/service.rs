@@ -4,13 +4,14 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::world::World;
+use super::world::{COLUMNS, World};
 
 /// CloudStack's URL of the store, as the fixtures have it.
 pub const URL: &str = "nfs://192.0.2.10/export/secondary";
@@ -85,6 +86,24 @@ pub fn configure_store(world: &World, store: &str, more: &str) {
         tokens.display()
     );
     fs::write(directory.join("qchain.toml"), text).unwrap();
+}
+
+/// Writes rows of members of the one volume beside the store, each with its state; where.
+pub fn write_rows(world: &World, members: &[(&str, &str)]) -> PathBuf {
+    let line = |(at, (name, state)): (usize, &(&str, &str))| {
+        let length = fs::metadata(world.member(name)).map_or(0, |found| found.len());
+        let status = if *state == "Hidden" { "Destroyed" } else { "BackedUp" };
+        format!(
+            "u\t{URL}\tImage\t{}\tx\tn\t2\t7\tKVM\t{status}\t{state}\tsnapshots/2/7/{name}\t{at}\t0\t10485760\t{length}\tNULL\t\
+             2026-01-0{} 00:00:00\n",
+            at + 1,
+            at + 1
+        )
+    };
+    let path = world.directory.path().join("rows.tsv");
+    let lines: String = members.iter().enumerate().map(line).collect();
+    fs::write(&path, format!("{COLUMNS}\n{lines}")).unwrap();
+    path
 }
 
 impl Served {

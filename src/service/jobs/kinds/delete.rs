@@ -5,7 +5,6 @@ use std::time::Duration;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::rows::read;
 use super::{Outcome, Work, texts};
 use crate::change::history::Done;
 use crate::change::leaving::leaving;
@@ -18,6 +17,7 @@ use crate::ops::recover::{begin, history, names};
 use crate::progress::{Cancel, Cancelled};
 use crate::service::config::Config;
 use crate::service::jobs::request::DeleteRequest;
+use crate::service::rows::read;
 use crate::service::view::{View, scan};
 use crate::service::words::Row;
 use crate::store::names::resolve_all;

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::rows;
 use super::{Outcome, Work, texts};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
@@ -14,6 +13,7 @@ use crate::ops::recover::{self as recovery, RecoverReport, begin, failure};
 use crate::ops::verify::{Level, Options, verify as verify_members};
 use crate::ops::{Result, verify};
 use crate::service::jobs::request::{AdoptRequest, AuditRequest, RecoverRequest, VerifyRequest};
+use crate::service::rows;
 use crate::service::view::{now_ns, scan};
 use crate::store::StoreError;
 use crate::store::caches::Caches;

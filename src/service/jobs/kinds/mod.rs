@@ -5,7 +5,6 @@ mod delete;
 mod flatten;
 mod look;
 mod reclaim;
-mod rows;
 
 use serde::Serialize;
 use serde_json::Value;

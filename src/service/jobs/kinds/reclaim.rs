@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::rows::{self, failed};
 use super::{Outcome, Work};
 use crate::chain::graph::NodeId;
 use crate::change::leaving::leaving;
@@ -23,6 +22,7 @@ use crate::ops::{OpError, Result};
 use crate::progress::Cancelled;
 use crate::service::config::Config;
 use crate::service::jobs::request::ReclaimRequest;
+use crate::service::rows::{self, failed};
 use crate::service::view::scan;
 use crate::store::StoreError;
 use crate::store::rows::RowMap;
