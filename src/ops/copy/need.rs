@@ -111,7 +111,9 @@ impl Index {
     pub fn finish(mut self) -> Vec<Found> {
         for same in self.0.chunk_by_mut(|one, other| one.leaf == other.leaf) {
             if let Some((Entry { block, here: None, .. }, rest)) = same.split_first_mut() {
-                rest.iter_mut().for_each(|entry| entry.here = Some(Here::Itself(*block)));
+                for entry in rest {
+                    entry.here = Some(Here::Itself(*block));
+                }
             }
         }
         let found = self.0.into_iter().filter_map(|entry| Some((entry.block, entry.leaf, entry.here?)));

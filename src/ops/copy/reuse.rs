@@ -29,6 +29,7 @@ pub enum Reuse {
 }
 
 /// The account of a snapshot.
+#[must_use]
 pub fn account(path: &StorePath) -> Option<u64> {
     InstallPath::parse(path).filter(|path| path.area == Area::Snapshots).map(|path| path.account)
 }
