@@ -25,6 +25,7 @@ pub type Pages = Arc<dyn Fn(u64) -> Page + Send + Sync>;
 
 /// What kind of a server it is.
 #[derive(Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a bad habit of its own")]
 pub struct Manner {
     /// What FSINFO says of one READ and one WRITE.
     pub told: (u32, u32),
