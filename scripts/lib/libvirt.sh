@@ -41,8 +41,10 @@ need_qemu_http() {
 }
 
 quietly_knows_http() {
-    # Nobody listens there: only another error than that says that it was tried.
-    ! qemu-img info http://127.0.0.1:1/ 2>&1 | grep --quiet --ignore-case 'unknown protocol\|unknown driver\|failed to load\|unable to load'
+    # Nobody listens there, so it fails either way: only another error than that says that it was tried.
+    local said
+    said=$(qemu-img info http://127.0.0.1:1/ 2>&1 || true)
+    ! grep --quiet --ignore-case 'unknown protocol\|unknown driver\|failed to load\|unable to load' <<<"$said"
 }
 
 # Whether nothing has to go for it.
