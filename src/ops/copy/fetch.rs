@@ -9,6 +9,7 @@ use super::offer::{LineMember, MOST_BLOCKS, MOST_TABLE_BYTES};
 use super::peer::{Peer, wrong};
 use crate::backend::StoreFile;
 use crate::digest::leaf;
+use crate::failure::Kind;
 use crate::ids::Digest;
 use crate::ops::{OpError, Result, Work};
 use crate::store::manifest::Blocks;
@@ -16,6 +17,8 @@ use crate::units::BLOCK_BYTES;
 
 /// How often the same is asked for, if nothing came.
 const TRIES: u32 = 6;
+/// The same if something came and was wrong: a bad line spoils most of it, and whoever lies does so of a few blocks each time.
+const WRONG_TRIES: u32 = 24;
 /// How long to wait before the second try, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -37,11 +40,14 @@ pub fn stubbornly<T>(work: &Work<'_>, mut once: impl FnMut(&mut bool) -> Result<
         match once(&mut further) {
             Err(error) if may_repeat(&error) => {
                 tries = if further { 0 } else { tries + 1 };
-                if tries >= TRIES {
+                let is_wrong = matches!(error, OpError::Peer { kind: Kind::Refused, .. });
+                if tries >= if is_wrong { WRONG_TRIES } else { TRIES } {
                     return Err(error);
                 }
                 tracing::debug!("asked again: {error}");
-                std::thread::sleep((FIRST_PAUSE * (1 << tries)).min(LONGEST_PAUSE));
+                if !is_wrong {
+                    std::thread::sleep((FIRST_PAUSE * (1 << tries.min(TRIES))).min(LONGEST_PAUSE));
+                }
             }
             done => return done,
         }
