@@ -307,8 +307,15 @@ pub async fn events(
             if sender.is_closed() {
                 return;
             }
-            // One that was removed meanwhile has no more to tell.
-            let Some(next) = service.jobs.known(&id) else { return };
+            // One that another instance made may not have been met by the poll yet; one that was removed has no more to tell.
+            let known = match service.jobs.known(&id) {
+                Some(known) => Some(known),
+                None => {
+                    let asked = id.clone();
+                    service.blocking(move |service| service.jobs.get(service, &asked)).await.ok().flatten()
+                }
+            };
+            let Some(next) = known else { return };
             entry = next;
         }
     });
