@@ -308,13 +308,12 @@ pub async fn events(
                 return;
             }
             // One that another instance made may not have been met by the poll yet; one that was removed has no more to tell.
-            let known = match service.jobs.known(&id) {
-                Some(known) => Some(known),
-                None => {
-                    let asked = id.clone();
-                    service.blocking(move |service| service.jobs.get(service, &asked)).await.ok().flatten()
-                }
-            };
+            let mut known = service.jobs.known(&id);
+            if known.is_none() {
+                let asked = id.clone();
+                known =
+                    service.blocking(move |service| service.jobs.get(service, &asked)).await.ok().flatten();
+            }
             let Some(next) = known else { return };
             entry = next;
         }
