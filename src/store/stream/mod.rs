@@ -8,7 +8,7 @@
 //! against its leaf before a byte of it is given away: one that does not fit ends the reading with `data-damaged`.
 //!
 //! The members' files stay open as long as the source, so a change that gives their names to other files meanwhile is
-//! no concern; and nothing is merged into one of them ([`pins`]). [`Source::unchanged`] tells whether somebody wrote to
+//! no concern; and nothing is merged into one of them (`pins`). [`Source::unchanged`] tells whether somebody wrote to
 //! one all the same.
 //!
 //! Memory: what the plan takes, two small windows a member, some 20 MiB a reading.

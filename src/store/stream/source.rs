@@ -52,7 +52,7 @@ struct Leaves {
 
 impl Source {
     /// Opens a scanned member. All files are opened before anything is read, and nothing is merged into one of them as
-    /// long as this is there (see [`Pins`]).
+    /// long as this is there (see `pins.rs`).
     ///
     /// With `force`, members in quarantine are taken, and nothing is held against what is known.
     ///
