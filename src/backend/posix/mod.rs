@@ -16,13 +16,14 @@ mod probe;
 mod resolve;
 mod walk;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -46,7 +47,14 @@ const PLAIN: OFlags = OFlags::NONBLOCK.union(OFlags::NOFOLLOW).union(OFlags::CLO
 pub struct PosixStore {
     shown: PathBuf,
     resolver: Resolver,
+    mounts: Mutex<HashMap<StorePath, (Instant, Mount)>>,
 }
+
+/// A file system, and which mount of it, as far as the kernel tells.
+type Mount = (u64, Option<u64>);
+
+/// How long a look at a mount holds.
+const MOUNT_KNOWN: Duration = Duration::from_secs(5);
 
 impl PosixStore {
     /// Opens the store at an existing directory. The directory is held open: if it is renamed or something
@@ -66,7 +74,7 @@ impl PosixStore {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
             fs::open(root, flags, Mode::empty()).map_err(|errno| failed("open", root.display(), errno))?;
-        Ok(Self { shown: root.to_owned(), resolver: resolver(directory) })
+        Ok(Self { shown: root.to_owned(), resolver: resolver(directory), mounts: Mutex::default() })
     }
 
     fn parent<'p>(&self, action: &'static str, path: &'p StorePath) -> Result<(OwnedFd, &'p str)> {
@@ -77,11 +85,33 @@ impl PosixStore {
         self.resolver.directory(path, OFlags::RDONLY).map_err(|errno| failed(action, path, errno))
     }
 
+    /// The mount that leads to a directory. One look holds for a moment: who is wrong about it after that finds that nothing
+    /// can be linked or moved there, and nothing else.
+    fn mount(&self, path: &StorePath) -> Result<Mount> {
+        let known = || self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        {
+            let mut known = known();
+            known.retain(|_, (since, _)| now.duration_since(*since) < MOUNT_KNOWN);
+            if let Some((_, mount)) = known.get(path) {
+                return Ok(*mount);
+            }
+        }
+        let directory = self.directory("look at", path)?;
+        let mount = mount_of(&directory).map_err(|errno| failed("look at", path, errno))?;
+        known().insert(path.clone(), (now, mount));
+        Ok(mount)
+    }
+
     fn open_as(&self, action: &'static str, path: &StorePath, flags: OFlags) -> Result<PosixFile> {
-        let (directory, name) = self.parent(action, path)?;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let opened = when_lease_is_back(|| fs::openat(&directory, name, flags | PLAIN, mode))
-            .map_err(|errno| failed(action, path, errno))?;
+        let (flags, mode) = (flags | PLAIN, Mode::RUSR | Mode::WUSR);
+        let opened = if let Some(opened) = self.resolver.file(path, flags, mode) {
+            opened
+        } else {
+            let (directory, name) = self.parent(action, path)?;
+            when_lease_is_back(|| fs::openat(&directory, name, flags, mode))
+        };
+        let opened = opened.map_err(|errno| failed(action, path, errno))?;
         let kind = retry_on_intr(|| fs::fstat(&opened)).map_err(|errno| failed(action, path, errno))?;
         if FileType::from_raw_mode(kind.st_mode) != FileType::RegularFile {
             return Err(BackendError::NotPlain { path: path.to_string() });
@@ -140,9 +170,9 @@ impl Backend for PosixStore {
     fn read_dir(&self, path: &StorePath) -> Result<Vec<DirEntry>> {
         let action = "list";
         let directory = self.directory(action, path)?;
-        let names = fs::Dir::read_from(&directory).map_err(|errno| failed(action, path, errno))?;
+        let mut names = fs::Dir::new(directory).map_err(|errno| failed(action, path, errno))?;
         let mut entries = Vec::new();
-        for entry in names {
+        while let Some(entry) = names.next() {
             let entry = entry.map_err(|errno| failed(action, path, errno))?;
             let raw = entry.file_name();
             if raw == c"." || raw == c".." {
@@ -150,11 +180,14 @@ impl Backend for PosixStore {
             }
             let kind = match entry.file_type() {
                 // Some file systems do not tell the kind with the name.
-                FileType::Unknown => match fs::statat(&directory, raw, AtFlags::SYMLINK_NOFOLLOW) {
-                    Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
-                    Err(Errno::NOENT) => continue,
-                    Err(errno) => return Err(failed(action, path, errno)),
-                },
+                FileType::Unknown => {
+                    let stat = names.fd().and_then(|fd| fs::statat(fd, raw, AtFlags::SYMLINK_NOFOLLOW));
+                    match stat {
+                        Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
+                        Err(Errno::NOENT) => continue,
+                        Err(errno) => return Err(failed(action, path, errno)),
+                    }
+                }
                 told => kind_of(told),
             };
             let lossy = raw.to_string_lossy().into_owned();
@@ -260,11 +293,7 @@ impl Backend for PosixStore {
     }
 
     fn same_mount(&self, a: &StorePath, b: &StorePath) -> Result<bool> {
-        let place = |path| {
-            let directory = self.directory("look at", path)?;
-            mount_of(&directory).map_err(|errno| failed("look at", path, errno))
-        };
-        Ok(place(a)? == place(b)?)
+        Ok(self.mount(a)? == self.mount(b)?)
     }
 
     fn sync_dir(&self, path: &StorePath) -> Result<()> {
@@ -299,7 +328,7 @@ impl Backend for PosixStore {
 }
 
 /// The file system of a directory, and which mount of it leads there, as far as the kernel tells (5.8).
-fn mount_of(directory: &OwnedFd) -> rustix::io::Result<(u64, Option<u64>)> {
+fn mount_of(directory: &OwnedFd) -> rustix::io::Result<Mount> {
     let device = retry_on_intr(|| fs::fstat(directory))?.st_dev;
     let asked = StatxFlags::MNT_ID;
     let told = retry_on_intr(|| fs::statx(directory, c"", AtFlags::EMPTY_PATH, asked));

@@ -14,6 +14,10 @@ use crate::ids::StorePath;
 /// How often a path is tried again when a directory on it was renamed meanwhile (`openat2` says EAGAIN).
 const RACES: usize = 16;
 
+/// Nothing but names below the root.
+const RULES: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
 #[derive(Debug)]
 pub(super) struct Resolver {
     root: OwnedFd,
@@ -66,10 +70,23 @@ impl Resolver {
         }
     }
 
+    /// Opens a file in one call, with flags that follow no link. `None` if that cannot be, or cannot be told from a mistake
+    /// that is the path's own: [`Resolver::parent`] and a call of one's own say what it is.
+    pub(super) fn file(&self, path: &StorePath, flags: OFlags, mode: Mode) -> Option<Result<OwnedFd>> {
+        if path.is_root() || !self.in_one_call.load(Ordering::Relaxed) {
+            return None;
+        }
+        // The kernel refuses a mode for a file that it is not asked to make.
+        let mode = if flags.contains(OFlags::CREATE) { mode } else { Mode::empty() };
+        match retry_on_intr(|| fs::openat2(&self.root, path.as_str(), flags, mode, RULES)) {
+            done @ (Ok(_) | Err(Errno::NOENT | Errno::EXIST)) => Some(done),
+            Err(_) => None,
+        }
+    }
+
     fn one_call(&self, path: &StorePath, flags: OFlags) -> Result<OwnedFd> {
-        let rules = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         for _ in 0..RACES {
-            match fs::openat2(&self.root, path.as_str(), flags, Mode::empty(), rules) {
+            match fs::openat2(&self.root, path.as_str(), flags, Mode::empty(), RULES) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 done => return done,
             }
