@@ -82,21 +82,21 @@ impl<'a> Arrival<'a> {
         self.store.backend()
     }
 
-    /// A temporary of that length; what an earlier try left in it is there.
-    pub fn file(&self, what: &str, length: u64) -> Result<Arc<dyn StoreFile>> {
+    /// A temporary of that length, and whether it is new; else what an earlier try left in it is there.
+    pub fn file(&self, what: &str, length: u64) -> Result<(Arc<dyn StoreFile>, bool)> {
         let path = self.path(what);
-        let opened = match self.backend().open_writable(&path) {
+        let (opened, is_new) = match self.backend().open_writable(&path) {
             Err(BackendError::NotFound { .. }) => {
                 self.room(length)?;
-                self.backend().create(&path)
+                (self.backend().create(&path), true)
             }
-            opened => opened,
+            opened => (opened, false),
         };
         let file = opened.map_err(|source| self.error(source))?;
         if file.stat().map_err(failed(file.as_ref()))?.length != length {
             file.set_length(length).map_err(failed(file.as_ref()))?;
         }
-        Ok(file)
+        Ok((file, is_new))
     }
 
     /// Refuses what has no room.
@@ -275,6 +275,8 @@ fn beside(backend: &dyn Backend, target: &StorePath) -> StorePath {
 pub struct Image<'a> {
     pub layout: &'a Canonical,
     pub file: &'a dyn StoreFile,
+    /// Whether no earlier try left anything in it.
+    is_new: bool,
     /// Blocks that are in their place.
     there: Mutex<Collecting>,
     count: AtomicU64,
@@ -284,8 +286,8 @@ pub struct Image<'a> {
 
 impl<'a> Image<'a> {
     /// Nothing is known to be in its place.
-    pub fn new(layout: &'a Canonical, file: &'a dyn StoreFile) -> Self {
-        Self { layout, file, there: Mutex::default(), count: 0.into(), pending: 0.into() }
+    pub fn new(layout: &'a Canonical, file: &'a dyn StoreFile, is_new: bool) -> Self {
+        Self { layout, file, is_new, there: Mutex::default(), count: 0.into(), pending: 0.into() }
     }
 
     /// How many blocks are in their place.
@@ -340,6 +342,9 @@ impl<'a> Image<'a> {
     ) -> Result<HostSet> {
         let leaves = |source| StoreError::Leaves { member: member.to_owned(), source };
         let mut found = Collecting::default();
+        if self.is_new {
+            return Ok(found.finish());
+        }
         for set in [&need.wanted, &need.filled] {
             for (first, count) in set.runs() {
                 let mut at = first;
@@ -350,7 +355,7 @@ impl<'a> Image<'a> {
                     let data = self.file.data_from(place).map_err(failed(self.file))?;
                     if data < place + step * BLOCK_BYTES {
                         let expected = tables.leaves(at, step).map_err(leaves)?;
-                        for block in self.right(at, &expected)? {
+                        for block in self.right(at, place, &expected)? {
                             let _ = found.insert(block, 1);
                             self.note(block);
                         }
@@ -362,15 +367,19 @@ impl<'a> Image<'a> {
         Ok(found.finish())
     }
 
-    /// Which of neighbouring blocks hash to their leaves.
-    fn right(&self, first: u64, expected: &[Digest]) -> Result<Vec<u64>> {
-        let blocks: Vec<(u64, &Digest)> = (first..).zip(expected).collect();
-        let right = blocks.into_par_iter().with_min_len(4).map(|(block, expected)| {
-            let mut bytes = vec![0; BLOCK_LENGTH];
-            self.get(block, &mut bytes)?;
-            Ok((!is_zero(&bytes) && leaf(&bytes) == *expected).then_some(block))
-        });
-        Ok(right.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    /// Which of neighbouring blocks, which lie one after the other, hash to their leaves.
+    fn right(&self, first: u64, place: u64, expected: &[Digest]) -> Result<Vec<u64>> {
+        let inside = self.layout.virtual_size().saturating_sub(first * BLOCK_BYTES);
+        let mut bytes = vec![0; expected.len() * BLOCK_LENGTH];
+        let count = bytes.len().min(usize::try_from(inside).unwrap_or(usize::MAX));
+        crate::backend::read_padded(self.file, place, &mut bytes[..count]).map_err(failed(self.file))?;
+        let blocks: Vec<(u64, (&Digest, &[u8]))> =
+            (first..).zip(expected.iter().zip(bytes.chunks(BLOCK_LENGTH))).collect();
+        let right = blocks
+            .into_par_iter()
+            .with_min_len(4)
+            .filter(|(_, (expected, bytes))| !is_zero(bytes) && leaf(bytes) == **expected);
+        Ok(right.map(|(block, _)| block).collect())
     }
 
     /// Writes header and tables, and makes all of it durable.

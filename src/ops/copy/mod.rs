@@ -382,9 +382,9 @@ impl Run<'_> {
         let (layout, backing) = self.layout(one, &need, arrival, below, bits)?;
         copied.file_bytes = layout.length();
         let what = format!("image-{}", proof::shape(&layout));
-        let file = arrival.file(&what, layout.length())?;
+        let (file, is_new) = arrival.file(&what, layout.length())?;
         arrival.room(layout.stored_bytes().saturating_sub(allocated(file.as_ref())))?;
-        let image = Image::new(&layout, file.as_ref());
+        let image = Image::new(&layout, file.as_ref(), is_new);
         let mut ours = Ours::new(below, account);
         copied.blocks_sent = self.fill(&image, one, &need, &mut tables, &mut ours)?;
         copied.blocks_present = image.count().saturating_sub(copied.blocks_sent);
@@ -414,7 +414,7 @@ impl Run<'_> {
     fn table(&self, arrival: &Arrival<'_>, one: &LineMember) -> Result<LeafFile> {
         let digits = one.table_blake3.to_string();
         let what = format!("{LEAVES}-{}", digits.get(..16).unwrap_or_default());
-        let file = arrival.file(&what, one.table_bytes)?;
+        let (file, _) = arrival.file(&what, one.table_bytes)?;
         if let Ok(table) = arrival.open_table(&what, one)? {
             return Ok(table);
         }
