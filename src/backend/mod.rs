@@ -186,7 +186,8 @@ pub trait StoreFile: Send + Sync + Debug {
         Ok(offset)
     }
 
-    /// Writes all of `data` at `offset`, growing the file if need be; new bytes in between are zeros.
+    /// Writes all of `data` at `offset`, growing the file if need be; new bytes in between are zeros. A store may
+    /// tell an error later: by another write, or by [`StoreFile::sync`], which tells all of them.
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()>;
 
     /// Sets the length; new bytes are zeros and take no space.

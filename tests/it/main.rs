@@ -42,6 +42,7 @@ mod merge_onto_qemu;
 mod merge_qemu;
 mod merge_tamper;
 mod mutations;
+mod nfs3_behind;
 mod nfs3_cli;
 mod nfs3_conformance;
 mod nfs3_delete;

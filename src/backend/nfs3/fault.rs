@@ -10,7 +10,7 @@ use crate::backend::BackendError;
 pub(super) type Result<T> = std::result::Result<T, Fault>;
 
 /// Why a call gave nothing.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Fault {
     /// The server says so.
     Status(nfsstat3),

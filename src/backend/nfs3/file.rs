@@ -141,8 +141,8 @@ impl Drop for NfsFile {
                 match unstable::sync(&access, &kept).await {
                     // It was removed meanwhile.
                     Err(fault) if fault.is_stale() => access.shared.writers.drop_kept(&key),
-                    // Stays until somebody syncs it.
-                    Err(_) => {}
+                    // Whoever syncs it hears of it.
+                    Err(fault) => access.shared.writers.give_up(&key, fault),
                     Ok(()) => access.shared.writers.tidy(&key),
                 }
             });
@@ -163,7 +163,13 @@ impl StoreFile for NfsFile {
         if let Some(first) = lock(&self.first).take() {
             return Ok(first);
         }
-        let stat = self.ask("look at", async |access: Access| access.stat().await)?;
+        let under_way = self.core.shared.writers.under_way(&self.key);
+        let stat = self.ask("look at", async move |access: Access| {
+            if let Some(file) = under_way {
+                unstable::answered(&access, &file).await?;
+            }
+            access.stat().await
+        })?;
         let reaches = self.kept().map(|kept| kept.reaches()).unwrap_or_default();
         Ok(Stat { length: stat.length.max(reaches), ..stat })
     }

@@ -17,6 +17,7 @@
 //! | `access` | calls about one file |
 //! | `ahead` | what is read before it is asked for |
 //! | `unstable` | what is written and not durable yet, written again if the server lost it |
+//! | `writers` | the files of which there is any of that |
 //! | `attributes` | owner, mode, length |
 //! | `store`, `file`, `moves` | the traits |
 //! | `locks` | locks that this host alone sees |
@@ -29,7 +30,8 @@
 //! Crash rule: names are durable when the server answers (RFC 1813, section 4.8, has it so; an export with `async` lies
 //! about it), bytes when [`StoreFile::sync`](super::StoreFile::sync) returns: after a COMMIT by the very incarnation of the server that took
 //! them. A server that ends in between loses nothing, as all is kept and written again; a process that ends before does,
-//! as with every store.
+//! as with every store. A write is under way when [`StoreFile::write_at`](super::StoreFile::write_at) returns, up to eight of a file at once, and what
+//! becomes of it is told by a later one or by the sync.
 //!
 //! What a mount has and this has not: locks that others see ([`Backend::try_lock`](super::Backend::try_lock) excludes processes of this user on this host),
 //! extended attributes and ACLs (a file that is replaced loses those that the server has), reserved space, holes punched,
@@ -69,6 +71,7 @@ mod store;
 mod unstable;
 mod url;
 mod wire;
+mod writers;
 
 use std::fmt::Debug;
 use std::net::ToSocketAddrs as _;
@@ -89,7 +92,7 @@ use self::fault::{Fault, Result as Asked};
 use self::list::{Budget, Listed};
 use self::pool::{Peer, Pool};
 use self::resolve::{Found, Names, Place};
-use self::unstable::Writers;
+use self::writers::Writers;
 use super::{BackendError, Result, Stat};
 use crate::ids::StorePath;
 

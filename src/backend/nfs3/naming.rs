@@ -183,7 +183,10 @@ async fn remove_at(shared: &Shared, path: &StorePath, kind: FileKind) -> Result<
             tried.await?.without_reply()
         };
         let refused = match tried {
-            Tried::Done(()) => return Ok(()),
+            Tried::Done(()) => {
+                shared.writers.forget_given_up(&found.handle);
+                return Ok(());
+            }
             Tried::Refused(status) => Some(status),
             Tried::Lost => None,
         };

@@ -2,15 +2,16 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nfs3_client::nfs3_types::nfs3::{FSSTAT3args, FSSTAT3resfail, FSSTAT3resok, NFS_PROGRAM, nfsstat3};
 
+use super::access::Access;
 use super::fault::Fault;
 use super::file::NfsFile;
 use super::list::{Budget, Walk};
 use super::resolve::Found;
-use super::{Nfs3Store, Shared, list, locks, naming, probe};
+use super::{Nfs3Store, Shared, list, locks, naming, probe, unstable};
 use crate::backend::{
     Backend, BackendError, Capabilities, DirEntry, FileKind, LockKind, Result, Space, Stat, StoreFile,
     WalkEntry,
@@ -18,15 +19,25 @@ use crate::backend::{
 use crate::ids::StorePath;
 
 impl Nfs3Store {
-    /// What has a name, for a look at it.
+    /// What has a name, for a look at it. If this process writes to it, as it is once the server has answered.
     fn find(&self, action: &'static str, path: &StorePath) -> Result<Found> {
-        self.ask(action, path, async |shared: Arc<Shared>, path: StorePath| shared.find(&path).await)
+        self.ask(action, path, async |shared: Arc<Shared>, path: StorePath| {
+            let before = shared.writers.ended();
+            let found = shared.find(&path).await?;
+            if answered(&shared, &path, &found, before).await? { shared.find(&path).await } else { Ok(found) }
+        })
     }
 
-    /// What has a name, before something is changed.
+    /// What has a name, before something is changed; likewise.
     fn look(&self, action: &'static str, path: &StorePath) -> Result<Found> {
         self.ask(action, path, async |shared: Arc<Shared>, path: StorePath| {
-            naming::look(&shared, &path).await
+            let before = shared.writers.ended();
+            let found = naming::look(&shared, &path).await?;
+            if answered(&shared, &path, &found, before).await? {
+                naming::look(&shared, &path).await
+            } else {
+                Ok(found)
+            }
         })
     }
 
@@ -53,6 +64,23 @@ impl Nfs3Store {
             error => error,
         })
     }
+}
+
+/// Waits for the answers to what this process wrote to a file. Gives whether the file is to be looked at again: if there was
+/// anything to wait for, or came while it was looked at (as many writes were answered `before` that).
+async fn answered(
+    shared: &Arc<Shared>,
+    path: &StorePath,
+    found: &Found,
+    before: usize,
+) -> super::Asked<bool> {
+    let Some(file) = shared.writers.under_way(&found.handle) else {
+        return Ok(shared.writers.ended() != before);
+    };
+    let handle = Arc::new(Mutex::new(found.handle.clone()));
+    let access = Access { shared: shared.clone(), path: path.clone(), id: found.stat.id, handle };
+    unstable::answered(&access, &file).await?;
+    Ok(true)
 }
 
 fn plain(found: Found, path: &StorePath) -> Result<Found> {

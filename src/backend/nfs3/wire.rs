@@ -1,7 +1,7 @@
 //! Replies as they come from a server that is not trusted: no length of theirs is believed before it was held
 //! against what the protocol allows.
 
-use std::io::Read;
+use std::io::{self, Read};
 
 use nfs3_client::nfs3_types::mount::mountstat3;
 use nfs3_client::nfs3_types::nfs3::{Nfs3Option, cookieverf3, fattr3, nfs_fh3, wcc_data};
@@ -23,8 +23,11 @@ fn bytes(input: &mut impl Read, most: usize) -> Result<(Vec<u8>, usize)> {
     if length > most {
         return Err(Error::InvalidLength(length));
     }
-    let mut data = vec![0; length];
-    input.read_exact(&mut data)?;
+    // Not zeroed before: data is most of what comes.
+    let mut data = Vec::with_capacity(length);
+    if Read::take(&mut *input, length as u64).read_to_end(&mut data)? != length {
+        return Err(Error::Io(io::ErrorKind::UnexpectedEof.into()));
+    }
     let padding = length.next_multiple_of(4) - length;
     input.read_exact(&mut [0; 3][..padding])?;
     Ok((data, head + length + padding))

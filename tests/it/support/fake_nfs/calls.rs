@@ -59,9 +59,16 @@ fn numbered(shared: &Shared, procedure: u32, input: &mut Cursor<&[u8]>) -> (Vec<
         calls.iter().filter(|call| **call == procedure).count() - 1
     };
     let fate = lock(&shared.choose).as_ref().map_or(Fate::Pass, |choose| choose(procedure, number));
+    let fate = match fate {
+        Fate::Late(before) => {
+            before();
+            Fate::Pass
+        }
+        fate => fate,
+    };
     let done = match fate {
         Fate::Answer(status) => Err(status),
-        Fate::Pass | Fate::Change(_) => {
+        Fate::Pass | Fate::Late(_) | Fate::Change(_) => {
             let (mut tree, mut manner) = (lock(&shared.tree), lock(&shared.manner));
             let mut server =
                 Server { tree: &mut tree, manner: &mut manner, verifier: &mut lock(&shared.verifier) };
@@ -208,7 +215,9 @@ impl Server<'_> {
         if self.manner.losses > 0 {
             self.manner.losses -= 1;
             *self.verifier += 1;
-            self.tree.file(id)?.0.fill(0);
+            self.tree.lose(id)?;
+        } else {
+            self.tree.keep(id)?;
         }
         let verf = writeverf3(self.verifier.to_be_bytes());
         Ok(packed(&COMMIT3resok { file_wcc: self.around(id), verf }))

@@ -76,6 +76,8 @@ impl Default for Manner {
 pub enum Fate {
     /// It is done and answered.
     Pass,
+    /// It is done after this.
+    Late(Box<dyn FnOnce() + Send>),
     /// It is not done, and answered with this status.
     Answer(nfsstat3),
     /// It is done, and the record of its reply, with the length before it, made into another one.

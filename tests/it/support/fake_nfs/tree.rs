@@ -42,12 +42,14 @@ pub struct Node {
 pub struct Tree {
     nodes: HashMap<u64, Node>,
     next: u64,
+    /// What files had when they were made durable.
+    durable: HashMap<u64, Vec<u8>>,
 }
 
 impl Default for Tree {
     fn default() -> Self {
         let root = Node::new(Body::Directory(BTreeMap::new()), 0o755);
-        Self { nodes: HashMap::from([(ROOT, root)]), next: ROOT + 1 }
+        Self { nodes: HashMap::from([(ROOT, root)]), next: ROOT + 1, durable: HashMap::new() }
     }
 }
 
@@ -212,9 +214,11 @@ impl Tree {
             if size > LAST_BYTE {
                 return Err(nfsstat3::NFS3ERR_FBIG);
             }
+            let most = usize::try_from(size).unwrap();
             let (bytes, length) = self.file(id)?;
-            bytes.truncate(usize::try_from(size).unwrap());
+            bytes.truncate(most);
             *length = size;
+            self.durable.entry(id).or_default().truncate(most);
         }
         let node = self.node(id)?;
         for (wanted, place) in [
@@ -249,6 +253,22 @@ impl Tree {
         *length = (*length).max(end as u64);
         bytes[end - data.len()..end].copy_from_slice(data);
         self.touch(id)
+    }
+
+    /// What a file has is durable now.
+    pub fn keep(&mut self, id: u64) -> Result<()> {
+        let bytes = self.file(id)?.0.clone();
+        self.durable.insert(id, bytes);
+        Ok(())
+    }
+
+    /// A file has what was durable, and zeros for the rest.
+    pub fn lose(&mut self, id: u64) -> Result<()> {
+        let durable = self.durable.get(&id).cloned().unwrap_or_default();
+        let (bytes, _) = self.file(id)?;
+        bytes.fill(0);
+        bytes.iter_mut().zip(durable).for_each(|(byte, was)| *byte = was);
+        Ok(())
     }
 
     fn touch(&mut self, id: u64) -> Result<()> {
