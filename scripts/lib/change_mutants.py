@@ -4,10 +4,7 @@ Each mutant is a piece of text that stands exactly once, and what stands in its 
 
 Not among them, as what they do is done twice and the other is a mutant: the look at a departing member's file before readers are
 searched (it is compared again when its name goes: "aside-uncompared-*"), and that departures wait for their survivors' publication (a
-survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays.
-
-"found-abort-unsynced" is known to be caught by nothing: it matters to an instance that lives on, on another host, when the store loses power,
-and then takes the number that was given up. In the simulation, as on a file system of one host, all instances end with the power."""
+survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays."""
 import pathlib
 import sys
 

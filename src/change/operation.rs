@@ -367,3 +367,72 @@ pub struct Sealed {
     /// How it is to be published.
     pub publication: Publication,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::{new_claim, take_back};
+    use crate::backend::Backend;
+    use crate::backend::faulty::{Faulty, Lasting};
+    use crate::backend::memory::MemoryStore;
+    use crate::change::clock::SystemClock;
+    use crate::change::journal::{Found, Journal};
+    use crate::change::places::IntentName;
+    use crate::change::record::{Decision, OperationId, TreeId};
+    use crate::change::site::Site;
+    use crate::cloudstack::backing::Style;
+    use crate::cloudstack::paths::Layout;
+    use crate::ids::StoreId;
+    use crate::progress::Cancel;
+    use crate::store::record::own;
+    use crate::store::{Store, StoreConfig, Stores};
+
+    const EIO: i32 = 5;
+
+    /// Others, on other hosts, live on when the store loses its power, and take the next number.
+    #[test]
+    fn a_number_that_the_dead_gave_up_stays_given_up() {
+        for dies in 0.. {
+            let memory = Arc::new(MemoryStore::new());
+            for directory in [own(&[]), own(&["tmp"]), own(&["intents"]), own(&["generations"])] {
+                memory.create_dir(&directory, true).unwrap();
+                memory.sync_dir(&directory.parent()).unwrap();
+            }
+            let config = StoreConfig {
+                id: StoreId::parse("test").unwrap(),
+                root: "/nowhere".to_owned(),
+                url: None,
+                aliases: Vec::new(),
+                backing: Style::Relative,
+                layout: Layout::Secondary,
+            };
+            let backend = Arc::clone(&memory) as Arc<dyn Backend>;
+            let stores = Stores::new(vec![Store::open(config, backend).unwrap()]).unwrap();
+            let (clock, cancel) = (SystemClock, Cancel::default());
+            let site = Site::new(&stores, &clock, &cancel, Duration::from_mins(1));
+            let operation = OperationId::random();
+            let name = IntentName { tree: TreeId::of(1), generation: 1, operation };
+            // One gives it up and dies somewhere in it.
+            let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+            faulty.fail_at(dies, EIO, Lasting::Dead);
+            let dying: Arc<dyn Backend> = Arc::new(faulty);
+            let lived =
+                Journal::new(&dying).decide(&new_claim(&site, &name, Vec::new(), Decision::Abort)).is_ok();
+            // The other one relies on it.
+            take_back(&site, 0, &name).unwrap();
+            memory.crash();
+            let journal = Journal::new(stores.get(0).unwrap().backend());
+            let found = journal.claim(&name.tree, 1).unwrap();
+            assert!(
+                matches!(&found, Found::Record(claim) if claim.decision == Decision::Abort),
+                "{dies}: {found:?}"
+            );
+            if lived {
+                assert!(dies > 5, "the fault at {dies} was not noticed");
+                break;
+            }
+        }
+    }
+}
