@@ -153,6 +153,23 @@ fn a_file_has_its_bytes_before_it_has_another_name_or_is_looked_at() {
     }
 }
 
+/// Another client sees what was written by whoever closed the file, and a process that ends then takes nothing with it.
+#[test]
+fn whoever_closes_a_file_waits_for_the_server() {
+    let fake = FakeNfs::start(Manner::default());
+    let store = fake.open("&timeout=60");
+    fake.choose(|call, _| match call {
+        WRITE => Fate::Late(Box::new(|| thread::sleep(Duration::from_millis(50)))),
+        _ => Fate::Pass,
+    });
+    let bytes = pattern(2 * MIB + 77);
+    let file = store.create(&path("a")).unwrap();
+    file.write_at(0, &bytes[..2 * MIB]).unwrap();
+    file.write_at(2 * MIB as u64, &bytes[2 * MIB..]).unwrap();
+    drop(file);
+    assert!(fake.bytes("a") == bytes);
+}
+
 /// However the answers to what was written last fall together with the look.
 #[test]
 fn a_file_that_its_writer_left_is_as_long_as_what_he_wrote() {

@@ -134,7 +134,13 @@ impl Drop for NfsFile {
         if self.writes.is_none() {
             return;
         }
-        // As closing a file does it on a mount, but nobody waits: who wants it durable syncs it, by any open one.
+        // As closing a file does it on a mount: others see what was written, also if this process ends now. What failed, whoever
+        // syncs it hears.
+        if let Some(file) = self.core.shared.writers.under_way(&self.key) {
+            let access = self.access();
+            let _ = self.core.wait(async move { unstable::answered(&access, &file).await });
+        }
+        // Nobody waits until it is durable: who wants that syncs it, by any open one.
         if let Some(kept) = self.core.shared.writers.leave(&self.key) {
             let (access, key) = (self.access(), self.key.clone());
             self.core.spawn(async move {

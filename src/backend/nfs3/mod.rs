@@ -30,8 +30,8 @@
 //! Crash rule: names are durable when the server answers (RFC 1813, section 4.8, has it so; an export with `async` lies
 //! about it), bytes when [`StoreFile::sync`](super::StoreFile::sync) returns: after a COMMIT by the very incarnation of the server that took
 //! them. A server that ends in between loses nothing, as all is kept and written again; a process that ends before does,
-//! as with every store. A write is under way when [`StoreFile::write_at`](super::StoreFile::write_at) returns, up to eight of a file at once, and what
-//! becomes of it is told by a later one or by the sync.
+//! as with every store. A write is under way when [`StoreFile::write_at`](super::StoreFile::write_at) returns, up to eight of a file at once, or held until
+//! what follows it comes; what becomes of it is told by a later one or by the sync. Whoever closes a file waits until the server has answered.
 //!
 //! What a mount has and this has not: locks that others see ([`Backend::try_lock`](super::Backend::try_lock) excludes processes of this user on this host),
 //! extended attributes and ACLs (a file that is replaced loses those that the server has), reserved space, holes punched,
