@@ -18,26 +18,27 @@ use crate::backend::{
 };
 use crate::ids::StorePath;
 
+/// Looks at a file; once more, if this process wrote to it and the server had not answered all of that before.
+macro_rules! once_answered {
+    ($shared:expr, $path:expr, $look:expr) => {{
+        let before = $shared.writers.ended();
+        let found = $look.await?;
+        if answered(&$shared, &$path, &found, before).await? { $look.await } else { Ok(found) }
+    }};
+}
+
 impl Nfs3Store {
     /// What has a name, for a look at it. If this process writes to it, as it is once the server has answered.
     fn find(&self, action: &'static str, path: &StorePath) -> Result<Found> {
         self.ask(action, path, async |shared: Arc<Shared>, path: StorePath| {
-            let before = shared.writers.ended();
-            let found = shared.find(&path).await?;
-            if answered(&shared, &path, &found, before).await? { shared.find(&path).await } else { Ok(found) }
+            once_answered!(shared, path, shared.find(&path))
         })
     }
 
     /// What has a name, before something is changed; likewise.
     fn look(&self, action: &'static str, path: &StorePath) -> Result<Found> {
         self.ask(action, path, async |shared: Arc<Shared>, path: StorePath| {
-            let before = shared.writers.ended();
-            let found = naming::look(&shared, &path).await?;
-            if answered(&shared, &path, &found, before).await? {
-                naming::look(&shared, &path).await
-            } else {
-                Ok(found)
-            }
+            once_answered!(shared, path, naming::look(&shared, &path))
         })
     }
 

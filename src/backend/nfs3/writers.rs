@@ -70,11 +70,7 @@ impl Writers {
 
     /// Forgets a file that nobody writes to and of which nothing is kept.
     pub(super) fn tidy(&self, handle: &nfs_fh3) {
-        let mut files = lock(&self.files);
-        let idle = |file: &Arc<Unstable>| !file.has_users() && file.is_empty();
-        if files.get(handle.data.as_ref()).is_some_and(idle) {
-            files.remove(handle.data.as_ref());
-        }
+        self.forget_if(handle, Unstable::is_empty);
     }
 
     /// What could not be made durable after the last one who wrote was gone is given up, unless somebody writes again.
@@ -88,9 +84,12 @@ impl Writers {
 
     /// Forgets that what was written to a file was given up: it lost a name, and nobody has it open to write.
     pub(super) fn forget_given_up(&self, handle: &nfs_fh3) {
+        self.forget_if(handle, Unstable::is_given_up);
+    }
+
+    fn forget_if(&self, handle: &nfs_fh3, is: impl Fn(&Unstable) -> bool) {
         let mut files = lock(&self.files);
-        let idle = |file: &Arc<Unstable>| !file.has_users() && file.is_given_up();
-        if files.get(handle.data.as_ref()).is_some_and(idle) {
+        if files.get(handle.data.as_ref()).is_some_and(|file| !file.has_users() && is(file)) {
             files.remove(handle.data.as_ref());
         }
     }
