@@ -26,7 +26,7 @@ pub const ALL_BYTES: u64 = 64 << 20;
 /// The smallest slice: less is read again and again where compressed clusters or leaves reach over its end.
 pub const LEAST_SLICE: u64 = 256 << 10;
 /// The largest slice: with more the caches of a processor hold nothing of it by the time it is sent (1, 8 and 32
-/// MiB took a fifth to a third longer).
+/// MiB took a fifth to two fifths longer).
 pub const MOST_SLICE: u64 = 2 << 20;
 /// Zeros, to be sent without memory of their own.
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
