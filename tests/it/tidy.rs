@@ -48,7 +48,6 @@ const FILE_IO: &[(&str, &[&str])] = &[
     ("rustix", &["fs", "io"]),
     ("nix", &[]),
     ("fs2", &[]),
-    ("walkdir", &[]),
     ("reflink_copy", &[]),
     ("tempfile", &[]),
 ];

@@ -42,6 +42,9 @@ use crate::ids::StorePath;
 /// How files are opened: a link is not followed, a pipe does not block, a terminal does not become ours.
 const PLAIN: OFlags = OFlags::NONBLOCK.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NOCTTY);
 
+/// How what a name stands for is looked at, be it a link, without opening it.
+const NAMED: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
 /// A directory of a mount, as a store.
 #[derive(Debug)]
 pub struct PosixStore {
@@ -160,6 +163,8 @@ impl Backend for PosixStore {
         let found = if path.is_root() {
             let root = self.directory(action, path)?;
             retry_on_intr(|| fs::fstat(&root))
+        } else if let Some(opened) = self.resolver.file(path, NAMED, Mode::empty()) {
+            opened.and_then(|named| retry_on_intr(|| fs::fstat(&named)))
         } else {
             let (directory, name) = self.parent(action, path)?;
             stat_name(&directory, name)
@@ -203,10 +208,7 @@ impl Backend for PosixStore {
         max_depth: usize,
         skip: &dyn Fn(&StorePath) -> bool,
     ) -> Vec<Result<WalkEntry>> {
-        match self.directory("list", path) {
-            Ok(directory) => walk::walk(&directory, &self.shown, path, max_depth, skip),
-            Err(error) => vec![Err(error)],
-        }
+        walk::walk(|path| self.read_dir(path), path, max_depth, skip)
     }
 
     fn create_dir(&self, path: &StorePath, private: bool) -> Result<()> {
