@@ -86,7 +86,8 @@ pub struct Extent {
     pub purge_all: bool,
 }
 
-/// Recovers all operations on all stores. One that fails stops no other.
+/// Recovers all operations on all stores. One that fails stops no other. Who calls it has swept ([`sweep::strays`]); it is done
+/// again if there was anything to recover.
 pub fn recover(site: &Site<'_>, extent: Extent, witness: Witness) -> Result<Vec<Recovered>> {
     let mut recovered = Vec::new();
     // What this process began before is recovered as anybody's.
@@ -104,7 +105,9 @@ pub fn recover(site: &Site<'_>, extent: Extent, witness: Witness) -> Result<Vec<
             recovered.push(Recovered { name, home, members, action, kept });
         }
     }
-    sweep::strays(site)?;
+    if !recovered.is_empty() {
+        sweep::strays(site)?;
+    }
     Ok(recovered)
 }
 
