@@ -1,10 +1,13 @@
 """Puts all mutants of src/change into a copy of the tree, each behind a name; prints the names.
 
-Each mutant is a piece of text that stands exactly once, and what stands in its place; ON is true if it is chosen.
+Each mutant is a piece of text that stands exactly once, and what stands in its place; ON is true if it is chosen. One that has several
+lines of the list is all of them: what is done at several places, so that each alone may go.
 
 Not among them, as what they do is done twice and the other is a mutant: the look at a departing member's file before readers are
 searched (it is compared again when its name goes: "aside-uncompared-*"), and that departures wait for their survivors' publication (a
-survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays."""
+survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays. And that names are
+made durable before what they replace goes: who publishes does it ("published-unsynced"), and nobody lets anything go who has not
+published; it says so where it matters."""
 import pathlib
 import sys
 
@@ -53,6 +56,7 @@ MUTANTS = [
     ("sibling-has-one-number", C + "standing.rs", "            return Ok(used.max(own) + 1);", "            return Ok(if ON { used } else { used.max(own) } + 1);"),
     ("reads-what-is-lost", C + "publication.rs", "            None if lost =>", "            None if !ON && lost =>"),
     ("undone-departs", C + "departure.rs", "let undone = !departures.is_empty() && decided.is_undone()?;", "let undone = !ON && !departures.is_empty() && decided.is_undone()?;"),
+    ("undone-departs", C + "departure.rs", "    if decided.is_undone()? {\n        return Ok(Departed::Gone);", "    if !ON && decided.is_undone()? {\n        return Ok(Departed::Gone);"),
     ("undone-late-departs", C + "departure.rs", "    if decided.is_undone()? {\n        name_back", "    if !ON && decided.is_undone()? {\n        name_back"),
     ("undone-is-unknown", C + "decided.rs", "    pub fn is_undone(&self) -> Result<bool> {", "    pub fn is_undone(&self) -> Result<bool> {\n        if ON { return Ok(false); }"),
     ("overtaken-is-unknown", C + "decided.rs", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {", "    pub(super) fn is_overtaken(&self, checkpoint: &Place) -> Result<bool> {\n        if ON { return Ok(false); }"),
@@ -63,7 +67,6 @@ MUTANTS = [
     ("undone-over-grown", C + "undo.rs", "|| is_grown(site, &below, grown)?)", "|| !ON && is_grown(site, &below, grown)?)"),
     ("readers-unseen", C + "departure.rs", "match reader(site, scan, one, gone) {", "match reader(site, scan, one, gone).filter(|_| !ON) {"),
     ("no-second-look", C + "departure.rs", "    if went.is_empty() {", "    if ON || went.is_empty() {"),
-    ("leave-before-lasting", C + "departure.rs", "        due.iter().try_for_each(|one| one.decided.settle())?;", "        if !ON { due.iter().try_for_each(|one| one.decided.settle())?; }"),
     ("grace-ignored", C + "decided.rs", "        self.since_ns.saturating_add(self.commit.grace_ns)", "        if ON { return self.since_ns; }\n        self.since_ns.saturating_add(self.commit.grace_ns)"),
     ("retention-ignored", C + "recover.rs", "    if site.clock.wall_ns() < due && !extent.purge_all {", "    if !ON && site.clock.wall_ns() < due && !extent.purge_all {"),
     ("lease-ignored", C + "lease.rs", "            if local.is_some() && takes(&seen) {", "            if ON || local.is_some() && takes(&seen) {"),
@@ -96,4 +99,4 @@ for name, path, old, new in MUTANTS:
     if text.count(old) != 1:
         sys.exit(f"{name}: its text stands {text.count(old)} times in {path}")
     file.write_text(text.replace(old, new.replace("ON", f'crate::mutant::on("{name}")')))
-    print(name)
+print(*dict.fromkeys(name for name, *_ in MUTANTS), sep="\n")

@@ -424,3 +424,175 @@ fn content(at: &At<'_>, file: &dyn StoreFile) -> Result<(Vec<u8>, Mark)> {
 fn failed(action: &'static str, path: &StorePath, source: BackendError) -> ChangeError {
     ChangeError::Store { action, member: path.to_string(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{edit_with, follow_all, read_whole};
+    use crate::backend::Backend;
+    use crate::backend::faulty::{Call, Faulty, Lasting};
+    use crate::backend::memory::MemoryStore;
+    use crate::change::decided::Decided;
+    use crate::change::journal::Journal;
+    use crate::change::operation::new_claim;
+    use crate::change::places::IntentName;
+    use crate::change::record::{CheckpointEdit, Commit, Decision, OperationId, Purpose, TreeId};
+    use crate::change::trial::{on, opted_in, path, place, write};
+
+    const FILE: &str = "checkpoints/2/7/m2";
+    const XML: &[u8] =
+        b"<domaincheckpoint>\n  <name>m2</name>\n  <parent><name>m1</name></parent>\n</domaincheckpoint>\n";
+
+    fn commit(purpose: Purpose, checkpoints: Vec<CheckpointEdit>) -> Commit {
+        Commit {
+            purpose,
+            grace_ns: 0,
+            retention_ns: 0,
+            restores: Vec::new(),
+            publications: Vec::new(),
+            checkpoints,
+            departures: Vec::new(),
+            repairs: false,
+        }
+    }
+
+    fn parent(backend: &Arc<dyn Backend>) -> Option<String> {
+        edit_with(backend, &path(FILE), |_| Some(None)).unwrap().and_then(|edit| edit.before)
+    }
+
+    const STAMPED: &[u8] = b"<domaincheckpoint>\n  <name>m2</name>\n  <parent><name>m1</name></parent>\n  <stamp/>\n</domaincheckpoint>\n";
+
+    type Store = fn() -> MemoryStore;
+
+    const STORES: [Store; 4] = [
+        MemoryStore::new,
+        || MemoryStore::new().with_exchange(false),
+        || MemoryStore::new().with_hard_links(false),
+        || MemoryStore::new().with_exchange(false).with_hard_links(false),
+    ];
+
+    fn name() -> IntentName {
+        IntentName { tree: TreeId::of(1), generation: 1, operation: OperationId::of(7) }
+    }
+
+    /// A store with the file.
+    fn made(store: Store) -> Arc<MemoryStore> {
+        let memory = store();
+        for directory in ["checkpoints", "checkpoints/2", "checkpoints/2/7"] {
+            memory.create_dir(&path(directory), false).unwrap();
+            memory.sync_dir(&path(directory).parent()).unwrap();
+        }
+        let memory = opted_in(memory);
+        write(memory.as_ref(), FILE, XML);
+        Journal::new(&(Arc::clone(&memory) as Arc<dyn Backend>)).settle(&name().tree).unwrap();
+        memory
+    }
+
+    /// An instance makes the file name another parent.
+    fn follow(backend: &Arc<dyn Backend>) -> crate::change::Result<()> {
+        let edit = CheckpointEdit {
+            at: place(FILE),
+            after: None,
+            parent: Some("m0".to_owned()),
+            before: Some("m1".to_owned()),
+            kept: path(&format!(".qchain/trash/{}.0.checkpoint", name().operation)),
+            original: None,
+        };
+        on(backend, |site| {
+            let decision = Decision::Commit(commit(Purpose::Delete, vec![edit]));
+            let claim = new_claim(site, &name(), Vec::new(), decision);
+            let decided = Decided::new(site, 0, name(), claim, None).unwrap();
+            follow_all(site, &decided, &[])
+        })
+    }
+
+    /// The mutating call that gave the file's name another file last.
+    fn edited(faulty: &Faulty) -> Option<u64> {
+        let edits = |made: &Call| made.path == path(FILE) && matches!(made.name, "exchange" | "rename");
+        faulty.trace().iter().rfind(|made| edits(made)).and_then(|made| made.mutation)
+    }
+
+    /// The undo is decided right before a call; it edits the file back only when it comes to that.
+    #[test]
+    fn an_edit_of_what_was_taken_back_does_not_last() {
+        for (kind, store) in STORES.into_iter().enumerate() {
+            let mut late = 0;
+            for call in 0.. {
+                let memory = made(store);
+                let calm = Arc::clone(&memory) as Arc<dyn Backend>;
+                let faulty = Arc::new(Faulty::new(Arc::clone(&calm)));
+                let by = Arc::clone(&calm);
+                faulty.before_mutation(call, move || {
+                    let purpose = Purpose::Undo { operation: name().operation, generation: 1 };
+                    let decision = Decision::Commit(commit(purpose, Vec::new()));
+                    let undo = IntentName { generation: 2, operation: OperationId::of(8), ..name() };
+                    on(&by, |site| {
+                        Journal::new(&by).decide(&new_claim(site, &undo, Vec::new(), decision)).unwrap();
+                    });
+                });
+                follow(&(Arc::clone(&faulty) as Arc<dyn Backend>)).unwrap();
+                if faulty.mutations() <= call {
+                    assert_eq!(parent(&calm).as_deref(), Some("m0"), "store {kind}, undisturbed");
+                    break;
+                }
+                // Later than that it is the undo's to see; so it is at that very moment where the old file has no second name.
+                let ends = edited(&faulty).map(|edited| edited + u64::from(kind < 3));
+                if ends.is_none_or(|ends| call < ends) {
+                    late += 1;
+                    assert_eq!(parent(&calm).as_deref(), Some("m1"), "store {kind}, {call}");
+                }
+            }
+            assert!(late > 2, "store {kind}: {late}");
+        }
+    }
+
+    /// The agent writes into the file right before a call, for good, and the power goes after another one, or not at all.
+    #[test]
+    fn what_its_owner_writes_as_it_is_edited_is_there_in_the_end() {
+        // Without a second name nor exchange nobody can see what is written at the moment of the rename.
+        for (kind, store) in STORES.into_iter().enumerate().take(3) {
+            let mut met = 0;
+            for call in 0.. {
+                let mut calls = 0;
+                for (later, seed) in (0..5).flat_map(|later| (0..24).map(move |seed| (later, seed))) {
+                    let memory = made(store);
+                    let calm = Arc::clone(&memory) as Arc<dyn Backend>;
+                    let faulty = Arc::new(Faulty::new(Arc::clone(&calm)));
+                    let other = Arc::clone(&memory);
+                    faulty.before_mutation(call, move || {
+                        let named =
+                            edit_with(&(Arc::clone(&other) as Arc<dyn Backend>), &path(FILE), |_| Some(None));
+                        // As it stands, with something more.
+                        let parent = named.unwrap().and_then(|edit| edit.before).unwrap();
+                        let text = String::from_utf8(STAMPED.to_vec()).unwrap().replace("m1", &parent);
+                        let file = other.open_writable(&path(FILE)).unwrap();
+                        file.set_length(0).unwrap();
+                        file.write_at(0, text.as_bytes()).unwrap();
+                        file.sync().unwrap();
+                        other.sync_dir(&path(FILE).parent()).unwrap();
+                    });
+                    if later > 0 {
+                        faulty.fail_at(call + later, 5, Lasting::Dead);
+                    }
+                    let done = follow(&(Arc::clone(&faulty) as Arc<dyn Backend>));
+                    calls = faulty.mutations();
+                    if later > 0 && done.is_err() {
+                        memory.crash_seeded(seed);
+                        follow(&calm).unwrap();
+                    }
+                    let held = read_whole(&calm, &path(FILE), 4096).unwrap();
+                    let held = String::from_utf8_lossy(&held).into_owned();
+                    let context = format!("store {kind}, {call}, {later} later, {seed}: {held}");
+                    assert!(held.contains("<stamp/>") || calls <= call, "{context}");
+                    assert_eq!(parent(&calm).as_deref(), Some("m0"), "{context}");
+                    met += u32::from(calls > call);
+                }
+                if calls <= call {
+                    break;
+                }
+            }
+            assert!(met > 100, "store {kind}: {met}");
+        }
+    }
+}

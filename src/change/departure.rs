@@ -498,6 +498,9 @@ mod tests {
             let key = Key { store: 0, path: path("m") };
             let first = At { backend: &faulty, key: key.clone(), name: "m".to_owned() };
             let done = go(&first, &departure);
+            if done.is_ok() && acted.get() == Some(&true) {
+                assert!(holds_edit(memory.as_ref(), "m"), "{stub} {replaces} {meets}: recovery has to do it");
+            }
             // As recovery does it.
             let at = At { backend: memory.as_ref(), key, name: "m".to_owned() };
             if changed_as_it_went(&at, &departure).unwrap() {

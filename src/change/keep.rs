@@ -97,3 +97,51 @@ pub fn sync_all<'a>(directories: impl Iterator<Item = (&'a At<'a>, StorePath)>) 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{Kept, keep};
+    use crate::backend::Backend;
+    use crate::backend::faulty::Faulty;
+    use crate::backend::memory::MemoryStore;
+    use crate::chain::graph::Key;
+    use crate::change::record::Mark;
+    use crate::change::site::At;
+    use crate::change::trial::{opted_in, path, write};
+
+    /// Others put their file in its place right before any call: theirs is left alone.
+    #[test]
+    fn only_the_file_that_was_meant_is_kept() {
+        let (name, kept) = (path("m"), path(".qchain/trash/m"));
+        let mut instead = 0;
+        for meets in 0.. {
+            let memory = opted_in(MemoryStore::new());
+            let mark = write(memory.as_ref(), "m", b"meant");
+            let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
+            let other = Arc::clone(&memory);
+            faulty.before(meets, move || {
+                write(other.as_ref(), "other", b"another");
+                other.rename(&path("other"), &path("m")).unwrap();
+            });
+            let at = At { backend: &faulty, key: Key { store: 0, path: name.clone() }, name: "m".to_owned() };
+            let done = keep(&at, &name, &kept, &mark).unwrap();
+            let named = memory.stat(&name).unwrap();
+            let second = memory.stat(&kept).ok();
+            match done {
+                Kept::Here => assert_eq!(second.as_ref().map(Mark::from), Some(mark), "{meets}"),
+                Kept::Another => {
+                    instead += 1;
+                    assert_eq!(second.map(|found| found.id), None, "{meets}");
+                }
+                Kept::Impossible => panic!("{meets}: there are hard links"),
+            }
+            if faulty.calls() <= meets {
+                assert!(mark.is(&named) && instead > 0, "{meets}");
+                break;
+            }
+            assert!(!mark.is(&named), "{meets}: what others put there is gone");
+        }
+    }
+}

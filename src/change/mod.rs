@@ -39,6 +39,8 @@ mod standing;
 mod stub;
 pub mod sweep;
 pub mod tree;
+#[cfg(test)]
+mod trial;
 pub mod undo;
 pub mod witness;
 pub mod yard;

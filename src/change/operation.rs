@@ -276,7 +276,7 @@ impl Drop for Operation<'_> {
     }
 }
 
-fn new_claim(site: &Site<'_>, name: &IntentName, roots: Vec<Place>, decision: Decision) -> Claim {
+pub(super) fn new_claim(site: &Site<'_>, name: &IntentName, roots: Vec<Place>, decision: Decision) -> Claim {
     Claim {
         schema: SCHEMA,
         tree: name.tree.clone(),
@@ -371,23 +371,15 @@ pub struct Sealed {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::time::Duration;
 
     use super::{new_claim, take_back};
     use crate::backend::Backend;
     use crate::backend::faulty::{Faulty, Lasting};
     use crate::backend::memory::MemoryStore;
-    use crate::change::clock::SystemClock;
     use crate::change::journal::{Found, Journal};
     use crate::change::places::IntentName;
     use crate::change::record::{Decision, OperationId, TreeId};
-    use crate::change::site::Site;
-    use crate::cloudstack::backing::Style;
-    use crate::cloudstack::paths::Layout;
-    use crate::ids::StoreId;
-    use crate::progress::Cancel;
-    use crate::store::record::own;
-    use crate::store::{Store, StoreConfig, Stores};
+    use crate::change::trial::{on, opted_in};
 
     const EIO: i32 = 5;
 
@@ -395,42 +387,28 @@ mod tests {
     #[test]
     fn a_number_that_the_dead_gave_up_stays_given_up() {
         for dies in 0.. {
-            let memory = Arc::new(MemoryStore::new());
-            for directory in [own(&[]), own(&["tmp"]), own(&["intents"]), own(&["generations"])] {
-                memory.create_dir(&directory, true).unwrap();
-                memory.sync_dir(&directory.parent()).unwrap();
-            }
-            let config = StoreConfig {
-                id: StoreId::parse("test").unwrap(),
-                root: "/nowhere".to_owned(),
-                url: None,
-                aliases: Vec::new(),
-                backing: Style::Relative,
-                layout: Layout::Secondary,
-            };
+            let memory = opted_in(MemoryStore::new());
             let backend = Arc::clone(&memory) as Arc<dyn Backend>;
-            let stores = Stores::new(vec![Store::open(config, backend).unwrap()]).unwrap();
-            let (clock, cancel) = (SystemClock, Cancel::default());
-            let site = Site::new(&stores, &clock, &cancel, Duration::from_mins(1));
-            let operation = OperationId::random();
-            let name = IntentName { tree: TreeId::of(1), generation: 1, operation };
-            // One gives it up and dies somewhere in it.
-            let faulty = Faulty::new(Arc::clone(&memory) as Arc<dyn Backend>);
-            faulty.fail_at(dies, EIO, Lasting::Dead);
-            let dying: Arc<dyn Backend> = Arc::new(faulty);
-            let lived =
-                Journal::new(&dying).decide(&new_claim(&site, &name, Vec::new(), Decision::Abort)).is_ok();
-            // The other one relies on it.
-            take_back(&site, 0, &name).unwrap();
+            let name = IntentName { tree: TreeId::of(1), generation: 1, operation: OperationId::random() };
+            let lived = on(&backend, |site| {
+                // One gives it up and dies somewhere in it.
+                let faulty = Faulty::new(Arc::clone(&backend));
+                faulty.fail_at(dies, EIO, Lasting::Dead);
+                let dying: Arc<dyn Backend> = Arc::new(faulty);
+                let claim = new_claim(site, &name, Vec::new(), Decision::Abort);
+                let lived = Journal::new(&dying).decide(&claim).is_ok();
+                // The other one relies on it.
+                take_back(site, 0, &name).unwrap();
+                lived
+            });
             memory.crash();
-            let journal = Journal::new(stores.get(0).unwrap().backend());
-            let found = journal.claim(&name.tree, 1).unwrap();
+            let found = Journal::new(&backend).claim(&name.tree, 1).unwrap();
             assert!(
                 matches!(&found, Found::Record(claim) if claim.decision == Decision::Abort),
                 "{dies}: {found:?}"
             );
             if lived {
-                assert!(dies > 5, "the fault at {dies} was not noticed");
+                assert!(dies > 4, "the fault at {dies} was not noticed");
                 break;
             }
         }

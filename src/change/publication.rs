@@ -347,3 +347,34 @@ fn stat_in(backend: &dyn Backend, path: &StorePath) -> std::result::Result<Optio
 pub fn has(at: &At<'_>, path: &StorePath, mark: &Mark) -> Result<bool> {
     Ok(stat(at, path)?.is_some_and(|stat| mark.is(&stat)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::restore_all;
+    use crate::backend::Backend;
+    use crate::backend::memory::MemoryStore;
+    use crate::change::record::Restore;
+    use crate::change::trial::{on, opted_in, path, place, write};
+
+    /// Whoever undoes may die, or be stopped, and another one does it once more.
+    #[test]
+    fn what_its_owner_removed_after_it_came_back_is_not_brought_back_again() {
+        for links in [true, false] {
+            let memory = opted_in(MemoryStore::new().with_hard_links(links));
+            let kept = path(".qchain/trash/m");
+            let mark = write(memory.as_ref(), kept.as_str(), b"a member");
+            let restores = [Restore { at: place("m"), kept, mark }];
+            let backend = Arc::clone(&memory) as Arc<dyn Backend>;
+            on(&backend, |site| {
+                restore_all(site, &restores).unwrap();
+                restore_all(site, &restores).unwrap();
+                assert!(mark.is(&memory.stat(&path("m")).unwrap()), "links: {links}");
+                memory.remove_file(&path("m")).unwrap();
+                restore_all(site, &restores).unwrap();
+                assert!(memory.stat(&path("m")).is_err(), "it is back; links: {links}");
+            });
+        }
+    }
+}

@@ -94,3 +94,48 @@ fn carry_out(site: &Site<'_>, home: usize, name: &IntentName) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::next_number;
+    use crate::backend::Backend;
+    use crate::backend::memory::MemoryStore;
+    use crate::change::error::ChangeError;
+    use crate::change::operation::Operation;
+    use crate::change::record::{Commit, Purpose, TreeId};
+    use crate::change::trial::{on, opted_in, place};
+
+    fn nothing() -> Commit {
+        Commit {
+            purpose: Purpose::Delete,
+            grace_ns: 0,
+            retention_ns: 0,
+            restores: Vec::new(),
+            publications: Vec::new(),
+            checkpoints: Vec::new(),
+            departures: Vec::new(),
+            repairs: false,
+        }
+    }
+
+    /// It may have begun several side by side, and was only stopped: what it planned stands on what was.
+    #[test]
+    fn who_was_taken_for_dead_can_decide_nothing_any_more() {
+        let backend = opted_in(MemoryStore::new()) as Arc<dyn Backend>;
+        let tree = TreeId::of(1);
+        on(&backend, |stopped| {
+            let announce = |number| {
+                Operation::announce(stopped, 0, (tree.clone(), number), vec![place("m")], None).unwrap()
+            };
+            let begun = [announce(1), announce(2)];
+            let number = on(&backend, |other| next_number(other, 0, &tree, None, &[])).unwrap();
+            assert_eq!(number, 3);
+            for operation in begun {
+                let decided = operation.decide(nothing(), &[]);
+                assert!(matches!(decided, Err(ChangeError::Decided { .. })), "{:?}", decided.err());
+            }
+        });
+    }
+}

@@ -5,6 +5,7 @@
 mod audit_cli;
 mod change_cli;
 mod change_cost;
+mod change_rules;
 mod cli_read;
 mod conformance;
 mod consolidate;

@@ -30,6 +30,7 @@ pub mod reader;
 pub mod rot;
 pub mod service;
 pub mod sim;
+pub mod small;
 pub mod store;
 pub mod tls;
 pub mod volume;
