@@ -1,4 +1,5 @@
-"""Puts all mutants of src/change into a copy of the tree, each behind a name; prints the names.
+"""Puts all mutants of src/change into a new copy of the tree, each behind a name; prints the names. Then the new copy takes the place of
+the one before, file by file, where they differ: what is the same is not built again.
 
 Each mutant is a piece of text that stands exactly once, and what stands in its place; ON is true if it is chosen. One that has several
 lines of the list is all of them: what is done at several places, so that each alone may go.
@@ -8,7 +9,9 @@ searched (it is compared again when its name goes: "aside-uncompared-*"), and th
 survivor that was not published is found as a reader: "readers-unseen"). Both are there to say why a member stays. And that names are
 made durable before what they replace goes: who publishes does it ("published-unsynced"), and nobody lets anything go who has not
 published; it says so where it matters."""
+import filecmp
 import pathlib
+import shutil
 import sys
 
 C = "src/change/"
@@ -89,7 +92,7 @@ pub fn on(name: &str) -> bool {
 }
 '''
 
-tree = pathlib.Path(sys.argv[1])
+tree, before = map(pathlib.Path, sys.argv[1:3])
 (tree / "src/mutant.rs").write_text(SWITCH)
 library = tree / "src/lib.rs"
 library.write_text(library.read_text() + "\n/// For mutation testing.\npub mod mutant;\n")
@@ -100,3 +103,21 @@ for name, path, old, new in MUTANTS:
         sys.exit(f"{name}: its text stands {text.count(old)} times in {path}")
     file.write_text(text.replace(old, new.replace("ON", f'crate::mutant::on("{name}")')))
 print(*dict.fromkeys(name for name, *_ in MUTANTS), sep="\n")
+
+
+def files(directory):
+    return {file.relative_to(directory) for file in directory.rglob("*") if file.is_file() or file.is_symlink()}
+
+
+before.mkdir(parents=True, exist_ok=True)
+for file in files(before) - files(tree):
+    (before / file).unlink()
+for file in files(tree):
+    new, old = tree / file, before / file
+    if old.is_file() and filecmp.cmp(new, old, shallow=False):
+        continue
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.unlink(missing_ok=True)
+    # Not with its own time: cargo asks whether it is newer than what was built.
+    shutil.copy(new, old, follow_symlinks=False)
+shutil.rmtree(tree)

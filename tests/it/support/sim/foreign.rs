@@ -146,6 +146,14 @@ fn edit_header(state: &mut State, store: &MemoryStore, name: &str) -> Option<Str
     Some(format!("rebase {name} onto {onto}"))
 }
 
+/// What others wrote lasts, and a power cut may bring back over it what had been given another file: that reads what they wrote,
+/// from that instant on.
+pub fn met_again(state: &mut State, store: &MemoryStore) {
+    let changed = |(name, member): (&String, &Member)| member.foreign.is_some().then(|| name.clone());
+    let names: Vec<String> = state.truth.members.iter().filter_map(changed).collect();
+    names.iter().for_each(|name| spoil(state, store, name));
+}
+
 /// Another image takes the name.
 fn replace(state: &mut State, store: &MemoryStore, name: &str) -> Option<String> {
     if !is_planned(state) {

@@ -570,6 +570,7 @@ impl State {
         let seed = self.dice.roll();
         world.memory.crash_seeded(seed);
         self.truth.power_cut();
+        foreign::met_again(self, &world.memory);
         (0..self.slots.len()).for_each(|slot| self.kill(slot));
         let done = self.truth.check(&world.memory, When::Instant);
         self.judge(done);
