@@ -507,10 +507,10 @@ mod tests {
         })
     }
 
-    /// The mutating call that gave the file's name another file last.
-    fn edited(faulty: &Faulty) -> Option<u64> {
+    /// The mutating calls that give the file's name another file, or try to.
+    fn edits(faulty: &Faulty) -> Vec<u64> {
         let edits = |made: &Call| made.path == path(FILE) && matches!(made.name, "exchange" | "rename");
-        faulty.trace().iter().rfind(|made| edits(made)).and_then(|made| made.mutation)
+        faulty.trace().iter().filter(|made| edits(made)).filter_map(|made| made.mutation).collect()
     }
 
     /// The undo is decided right before a call; it edits the file back only when it comes to that.
@@ -536,9 +536,10 @@ mod tests {
                     assert_eq!(parent(&calm).as_deref(), Some("m0"), "store {kind}, undisturbed");
                     break;
                 }
-                // Later than that it is the undo's to see; so it is at that very moment where the old file has no second name.
-                let ends = edited(&faulty).map(|edited| edited + u64::from(kind < 3));
-                if ends.is_none_or(|ends| call < ends) {
+                // Later than that it is the undo's to see. Where the old file has no second name, so it is once it is tried.
+                let edits = edits(&faulty);
+                let ends = if kind < 3 { edits.last() } else { edits.first() };
+                if ends.is_none_or(|ends| call <= *ends) {
                     late += 1;
                     assert_eq!(parent(&calm).as_deref(), Some("m1"), "store {kind}, {call}");
                 }
