@@ -186,6 +186,32 @@ fn what_is_not_merged_in_place_is_not_deleted() {
 }
 
 #[test]
+fn what_is_decided_is_done_whatever_the_power_takes() {
+    for (mode, stubs) in [(ModeChoice::Copy, false), (ModeChoice::Copy, true), (ModeChoice::InPlace, false)] {
+        let mut decided = 0;
+        at_each_call(|call| {
+            let (small, context) = (Small::new(kinds()[0].1(), 0), format!("{mode:?}, {stubs}, {call}"));
+            let faulty = small.faulty();
+            faulty.fail_at(call, EIO, Lasting::Dead);
+            let _ = small.delete(faulty.clone(), &["m1"], mode, Terms { retention_ns: 0, stubs, ..KEPT });
+            // All that was not made durable is gone.
+            small.memory.crash();
+            let begun = !small.history().is_empty();
+            small.recover().unwrap();
+            if begun {
+                decided += 1;
+                let backing = small.backing("m2");
+                assert_eq!(backing.as_deref(), Some("m0"), "{context}: it was decided, and not done");
+            }
+            small.nobody_reads("m1");
+            small.check(&["m0", "m2", "m3"], &context);
+            faulty.mutations() > call
+        });
+        assert!(decided > 3, "{mode:?}, {stubs}: {decided}");
+    }
+}
+
+#[test]
 fn an_undo_that_died_finds_what_it_reads_through() {
     let mut back = 0;
     let mut ended = false;

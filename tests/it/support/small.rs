@@ -170,6 +170,11 @@ impl Small {
         self.memory.stat(&LAYOUT.member(name)).is_ok()
     }
 
+    /// What a member says that it stands on.
+    pub fn backing(&self, name: &str) -> Option<String> {
+        Layers::default().layer(&self.memory, &LAYOUT.member(name)).unwrap().1.backing.clone()
+    }
+
     /// What a member's checkpoint file says.
     pub fn checkpoint(&self, name: &str) -> CheckpointFile {
         match bytes(&self.memory, &LAYOUT.checkpoint(name).unwrap()) {
