@@ -151,7 +151,9 @@ fn edit_header(state: &mut State, store: &MemoryStore, name: &str) -> Option<Str
 pub fn met_again(state: &mut State, store: &MemoryStore) {
     let changed = |(name, member): (&String, &Member)| member.foreign.is_some().then(|| name.clone());
     let names: Vec<String> = state.truth.members.iter().filter_map(changed).collect();
-    names.iter().for_each(|name| spoil(state, store, name));
+    for name in names {
+        spoil(state, store, &name);
+    }
 }
 
 /// Another image takes the name.
