@@ -408,7 +408,7 @@ mod tests {
                 "{dies}: {found:?}"
             );
             if lived {
-                assert!(dies > 4, "the fault at {dies} was not noticed");
+                assert!(dies > 5, "the fault at {dies} was not noticed");
                 break;
             }
         }
