@@ -437,25 +437,12 @@ mod tests {
     use crate::change::journal::Journal;
     use crate::change::operation::new_claim;
     use crate::change::places::IntentName;
-    use crate::change::record::{CheckpointEdit, Commit, Decision, OperationId, Purpose, TreeId};
-    use crate::change::trial::{on, opted_in, path, place, write};
+    use crate::change::record::{CheckpointEdit, Decision, OperationId, Purpose, TreeId};
+    use crate::change::trial::{STORES, commit, on, opted_in, path, place, write};
 
     const FILE: &str = "checkpoints/2/7/m2";
     const XML: &[u8] =
         b"<domaincheckpoint>\n  <name>m2</name>\n  <parent><name>m1</name></parent>\n</domaincheckpoint>\n";
-
-    fn commit(purpose: Purpose, checkpoints: Vec<CheckpointEdit>) -> Commit {
-        Commit {
-            purpose,
-            grace_ns: 0,
-            retention_ns: 0,
-            restores: Vec::new(),
-            publications: Vec::new(),
-            checkpoints,
-            departures: Vec::new(),
-            repairs: false,
-        }
-    }
 
     fn parent(backend: &Arc<dyn Backend>) -> Option<String> {
         edit_with(backend, &path(FILE), |_| Some(None)).unwrap().and_then(|edit| edit.before)
@@ -463,21 +450,12 @@ mod tests {
 
     const STAMPED: &[u8] = b"<domaincheckpoint>\n  <name>m2</name>\n  <parent><name>m1</name></parent>\n  <stamp/>\n</domaincheckpoint>\n";
 
-    type Store = fn() -> MemoryStore;
-
-    const STORES: [Store; 4] = [
-        MemoryStore::new,
-        || MemoryStore::new().with_exchange(false),
-        || MemoryStore::new().with_hard_links(false),
-        || MemoryStore::new().with_exchange(false).with_hard_links(false),
-    ];
-
     fn name() -> IntentName {
         IntentName { tree: TreeId::of(1), generation: 1, operation: OperationId::of(7) }
     }
 
     /// A store with the file.
-    fn made(store: Store) -> Arc<MemoryStore> {
+    fn made(store: fn() -> MemoryStore) -> Arc<MemoryStore> {
         let memory = store();
         for directory in ["checkpoints", "checkpoints/2", "checkpoints/2/7"] {
             memory.create_dir(&path(directory), false).unwrap();

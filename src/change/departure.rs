@@ -434,19 +434,13 @@ mod tests {
     use crate::chain::graph::Key;
     use crate::change::record::{Mark, Place, Stub};
     use crate::change::stub::stand_in;
-    use crate::ids::StorePath;
+    use crate::change::trial::{STORES, path, write};
 
     const EIO: i32 = 5;
     const EDIT: &[u8] = b"edited by others";
 
-    fn path(text: &str) -> StorePath {
-        StorePath::parse(text).unwrap()
-    }
-
-    fn make(store: &dyn Backend, name: &str) -> Mark {
-        let file = store.create(&path(name)).unwrap();
-        file.write_at(0, name.as_bytes()).unwrap();
-        Mark::from(&file.stat().unwrap())
+    fn made(store: &dyn Backend, name: &str) -> Mark {
+        write(store, name, name.as_bytes())
     }
 
     fn holds_edit(store: &dyn Backend, name: &str) -> bool {
@@ -469,10 +463,10 @@ mod tests {
 
     fn departure(store: &dyn Backend, stub: bool) -> Departure {
         store.create_dir(&path("trash"), true).unwrap();
-        let stub = stub.then(|| Stub { from: path("stub"), mark: make(store, "stub") });
+        let stub = stub.then(|| Stub { from: path("stub"), mark: made(store, "stub") });
         let place = Place { store: "s".to_owned(), path: path("m") };
         let (after, checkpoint) = (Vec::new(), None);
-        let (mark, kept) = (make(store, "m"), path("trash/m"));
+        let (mark, kept) = (made(store, "m"), path("trash/m"));
         Departure { at: place, mark, kept, after, checkpoint, becomes: None, allocated_bytes: 0, stub }
     }
 
@@ -519,13 +513,7 @@ mod tests {
 
     #[test]
     fn what_others_write_as_a_name_goes_keeps_it() {
-        let stores: [fn() -> MemoryStore; 4] = [
-            MemoryStore::new,
-            || MemoryStore::new().with_exchange(false),
-            || MemoryStore::new().with_hard_links(false),
-            || MemoryStore::new().with_exchange(false).with_hard_links(false),
-        ];
-        for store in stores {
+        for store in STORES {
             for (stub, replaces) in [(false, false), (false, true), (true, false), (true, true)] {
                 let met = met(store, stub, replaces);
                 assert!(met >= 8, "they were met {met} times only");

@@ -104,21 +104,8 @@ mod tests {
     use crate::backend::memory::MemoryStore;
     use crate::change::error::ChangeError;
     use crate::change::operation::Operation;
-    use crate::change::record::{Commit, Purpose, TreeId};
-    use crate::change::trial::{on, opted_in, place};
-
-    fn nothing() -> Commit {
-        Commit {
-            purpose: Purpose::Delete,
-            grace_ns: 0,
-            retention_ns: 0,
-            restores: Vec::new(),
-            publications: Vec::new(),
-            checkpoints: Vec::new(),
-            departures: Vec::new(),
-            repairs: false,
-        }
-    }
+    use crate::change::record::{Purpose, TreeId};
+    use crate::change::trial::{commit, on, opted_in, place};
 
     /// It may have begun several side by side, and was only stopped: what it planned stands on what was.
     #[test]
@@ -133,7 +120,7 @@ mod tests {
             let number = on(&backend, |other| next_number(other, 0, &tree, None, &[])).unwrap();
             assert_eq!(number, 3);
             for operation in begun {
-                let decided = operation.decide(nothing(), &[]);
+                let decided = operation.decide(commit(Purpose::Delete, Vec::new()), &[]);
                 assert!(matches!(decided, Err(ChangeError::Decided { .. })), "{:?}", decided.err());
             }
         });

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::backend::Backend;
 use crate::backend::memory::MemoryStore;
 use crate::change::clock::SystemClock;
-use crate::change::record::{Mark, Place};
+use crate::change::record::{CheckpointEdit, Commit, Mark, Place, Purpose};
 use crate::change::site::Site;
 use crate::cloudstack::backing::Style;
 use crate::cloudstack::paths::Layout;
@@ -18,12 +18,34 @@ use crate::store::{Store, StoreConfig, Stores};
 /// The store's id in records.
 pub const ID: &str = "here";
 
+/// The kinds of stores that there are: all can be done; names cannot be exchanged; a file has one name only; neither.
+pub const STORES: [fn() -> MemoryStore; 4] = [
+    MemoryStore::new,
+    || MemoryStore::new().with_exchange(false),
+    || MemoryStore::new().with_hard_links(false),
+    || MemoryStore::new().with_exchange(false).with_hard_links(false),
+];
+
 pub fn path(text: &str) -> StorePath {
     StorePath::parse(text).unwrap()
 }
 
 pub fn place(text: &str) -> Place {
     Place { store: ID.to_owned(), path: path(text) }
+}
+
+/// What decides that, and nothing else.
+pub fn commit(purpose: Purpose, checkpoints: Vec<CheckpointEdit>) -> Commit {
+    Commit {
+        purpose,
+        grace_ns: 0,
+        retention_ns: 0,
+        restores: Vec::new(),
+        publications: Vec::new(),
+        checkpoints,
+        departures: Vec::new(),
+        repairs: false,
+    }
 }
 
 /// Opts a store in, for good.
