@@ -1,7 +1,7 @@
 //! All names below a directory.
 //!
 //! Each directory is resolved from the root by the names that were found, so nobody who swaps one for a link leads it
-//! elsewhere, and no more directories are open at once than are read.
+//! elsewhere, and only the one that is being read is open.
 
 use std::vec;
 

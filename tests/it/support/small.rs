@@ -22,7 +22,7 @@ use qchain::ops::recover::{Undone, history, recover, undo};
 use qchain::progress::Cancel;
 use qchain::store::record::StoreKind;
 
-use super::sim::image::{Layers, bytes};
+use super::sim::image::{Layers, bytes, first_data, rename_backing};
 use super::sim::stage::{CLUSTERS, Layout, build, image, put, templates, xml};
 use super::store::{LEASE, delete_by, open_with};
 
@@ -192,7 +192,7 @@ impl Small {
 
     /// A file of qchain's own whose name ends like that.
     pub fn own(&self, directory: &str, ending: &str) -> Option<StorePath> {
-        let directory = super::sim::stage::path(".qchain").join(directory).unwrap();
+        let directory = qchain::store::record::own(&[directory]);
         let entries = self.memory.read_dir(&directory).unwrap_or_default();
         entries
             .iter()
@@ -214,16 +214,9 @@ impl Small {
     /// Somebody writes into the first cluster that a member holds, without asking.
     pub fn write_into(&self, name: &str) {
         let place = LAYOUT.member(name);
-        let held = bytes(&self.memory, &place).unwrap();
-        let number = |at: usize| u64::from_be_bytes(held[at..at + 8].try_into().unwrap());
-        let offset = |entry: u64| usize::try_from(entry & 0x00ff_ffff_ffff_fe00).unwrap();
-        let table = offset(number(usize::try_from(number(40)).unwrap()));
-        let clusters = 0..usize::try_from(CLUSTERS).unwrap();
-        // One that is neither read as zeros nor left to what is below.
-        let mut data = clusters.map(|guest| (guest, number(table + guest * 8)));
-        let (guest, entry) = data.find(|(_, entry)| entry & 1 == 0 && offset(*entry) > 0).unwrap();
+        let (guest, host) = first_data(&bytes(&self.memory, &place).unwrap()).unwrap();
         let file = self.memory.open_writable(&place).unwrap();
-        file.write_at(offset(entry) as u64, EDIT).unwrap();
+        file.write_at(host, EDIT).unwrap();
         file.sync().unwrap();
         let mut views = self.views.lock().unwrap();
         let view = views.get_mut(name).unwrap();
@@ -234,11 +227,7 @@ impl Small {
     /// Somebody gives a member another parent without looking at what they hold; the name is as long as the one before.
     pub fn rebase(&self, name: &str, onto: &str) {
         let place = LAYOUT.member(name);
-        let held = bytes(&self.memory, &place).unwrap();
-        let at = u64::from_be_bytes(held[8..16].try_into().unwrap());
-        let file = self.memory.open_writable(&place).unwrap();
-        file.write_at(at, onto.as_bytes()).unwrap();
-        file.sync().unwrap();
+        rename_backing(&self.memory, &place, onto).unwrap();
         let view = Layers::default().chain(&self.memory, &place).unwrap().view();
         self.views.lock().unwrap().insert(name.to_owned(), view);
     }

@@ -61,6 +61,11 @@ pub fn backend(root: &Path, url: Option<&str>) -> Arc<dyn Backend> {
 
 /// Opens a backend as the only store; `root` is what backing names may call it.
 pub fn open_with(root: &Path, backend: Arc<dyn Backend>) -> Stores {
+    try_open_with(root, backend).unwrap()
+}
+
+/// The same for one that may fail.
+pub fn try_open_with(root: &Path, backend: Arc<dyn Backend>) -> qchain::store::Result<Stores> {
     let config = StoreConfig {
         id: StoreId::parse("test").unwrap(),
         root: text(root).to_owned(),
@@ -69,7 +74,7 @@ pub fn open_with(root: &Path, backend: Arc<dyn Backend>) -> Stores {
         backing: qchain::cloudstack::backing::Style::Relative,
         layout: qchain::cloudstack::paths::Layout::Secondary,
     };
-    Stores::new(vec![Store::open(config, backend).unwrap()]).unwrap()
+    Stores::new(vec![Store::open(config, backend)?])
 }
 
 /// Scans without waiting for files to settle.

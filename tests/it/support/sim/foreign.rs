@@ -4,7 +4,7 @@ use qchain::backend::Backend;
 use qchain::backend::memory::MemoryStore;
 use qchain::ids::StorePath;
 
-use super::image::bytes;
+use super::image::rename_backing;
 use super::stage::{CLUSTERS, image, path, put, xml};
 use super::truth::{Foreign, Member, Presence};
 use super::world::{Phase, State};
@@ -138,19 +138,17 @@ fn edit_header(state: &mut State, store: &MemoryStore, name: &str) -> Option<Str
     if let Some(successor) = &successor {
         spoil(state, store, successor);
     }
-    let header = bytes(store, &place)?;
-    let at = u64::from_be_bytes(header[8..16].try_into().unwrap());
-    file.write_at(at, onto.as_bytes()).unwrap();
-    file.sync().unwrap();
+    rename_backing(store, &place, &onto).unwrap();
     settle(state, successor.as_deref().unwrap_or(name), inode, Some(onto.clone()));
     Some(format!("rebase {name} onto {onto}"))
 }
 
-/// What others wrote lasts, and a power cut may bring back over it what had been given another file: that reads what they wrote,
-/// from that instant on.
+/// A parent that others gave to a member lasts, and a power cut may bring back over that member what had been given another file:
+/// it reads through what they wrote, from that instant on.
 pub fn met_again(state: &mut State, store: &MemoryStore) {
-    let changed = |(name, member): (&String, &Member)| member.foreign.is_some().then(|| name.clone());
-    let names: Vec<String> = state.truth.members.iter().filter_map(changed).collect();
+    let rebased = |member: &Member| matches!(member.foreign, Some(Foreign::File { backing: Some(_), .. }));
+    let members = state.truth.members.iter().filter(|(_, member)| rebased(member));
+    let names: Vec<String> = members.map(|(name, _)| name.clone()).collect();
     for name in names {
         spoil(state, store, &name);
     }

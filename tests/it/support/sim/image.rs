@@ -49,6 +49,36 @@ pub fn bytes(store: &MemoryStore, path: &StorePath) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+fn cluster(bytes: &[u8]) -> Option<usize> {
+    1_usize.checked_shl(u32::try_from(number(bytes, 20, 4)?).ok()?)
+}
+
+/// What the tables say of each cluster.
+fn entries(bytes: &[u8]) -> Option<Vec<u64>> {
+    let (cluster, size) = (cluster(bytes)?, small(number(bytes, 24, 8)?)?);
+    let l1_at = small(number(bytes, 40, 8)?)?;
+    let entry = |guest: usize| match number(bytes, l1_at + guest / (cluster / 8) * 8, 8)? & OFFSET {
+        0 => Some(0),
+        table => number(bytes, small(table)? + guest % (cluster / 8) * 8, 8),
+    };
+    (0..size.div_ceil(cluster)).map(entry).collect()
+}
+
+/// The first cluster of which an image holds data: its number, and where that lies in the file.
+pub fn first_data(bytes: &[u8]) -> Option<(usize, u64)> {
+    let entries = entries(bytes)?.into_iter().enumerate();
+    let mut data = entries.filter(|(_, entry)| entry & 1 == 0).map(|(guest, entry)| (guest, entry & OFFSET));
+    data.find(|(_, host)| *host != 0)
+}
+
+/// Writes another name over that of the backing file, for good; it is as long as the one before.
+pub fn rename_backing(store: &MemoryStore, path: &StorePath, name: &str) -> Option<()> {
+    let at = number(&bytes(store, path)?, 8, 8)?;
+    let file = store.open_writable(path).ok()?;
+    file.write_at(at, name.as_bytes()).ok()?;
+    file.sync().ok()
+}
+
 fn parse(bytes: &[u8]) -> Option<Layer> {
     if bytes.get(..4)? != b"QFI\xfb" || number(bytes, 72, 8)? != 0 {
         return None;
@@ -58,16 +88,9 @@ fn parse(bytes: &[u8]) -> Option<Layer> {
         0 => None,
         at => Some(String::from_utf8(bytes.get(at..at + name_length)?.to_vec()).ok()?),
     };
-    let cluster = 1_usize.checked_shl(u32::try_from(number(bytes, 20, 4)?).ok()?)?;
-    let size = small(number(bytes, 24, 8)?)?;
-    let l1_at = small(number(bytes, 40, 8)?)?;
+    let cluster = cluster(bytes)?;
     let mut clusters = Vec::new();
-    for guest in 0..size.div_ceil(cluster) {
-        let l1 = number(bytes, l1_at + guest / (cluster / 8) * 8, 8)? & OFFSET;
-        let entry = match l1 {
-            0 => 0,
-            table => number(bytes, small(table)? + guest % (cluster / 8) * 8, 8)?,
-        };
+    for entry in entries(bytes)? {
         clusters.push(match (entry & 1, entry & OFFSET) {
             _ if entry >> 62 & 1 == 1 => return None,
             (1, _) => Some(vec![0; cluster]),

@@ -1,5 +1,6 @@
 //! What an instance does: deletes, undos, purges, one after the other, each as a process of its own.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,16 +9,14 @@ use qchain::change::leaving::leaving;
 use qchain::change::recover::{Action as Became, Recovered};
 use qchain::change::witness::Witness;
 use qchain::change::{Clock, Owner, Site};
-use qchain::cloudstack::backing::Style;
-use qchain::ids::StoreId;
 use qchain::ops::delete::{ModeChoice, Request, Status, Terms, plan, run};
 use qchain::ops::recover::{begin, history, purge, recover, undo};
 use qchain::ops::{OpError, Result};
 use qchain::progress::{Cancel, Silent};
 use qchain::store::scan::{Scan, ScanOptions};
-use qchain::store::{Store, StoreConfig, Stores, names};
+use qchain::store::{Stores, names};
 
-use super::super::store::context;
+use super::super::store::{context, try_open_with};
 use super::backend::Shared;
 use super::truth::{Foreign, Member, Presence, When};
 use super::world::{Life, Phase, World};
@@ -191,16 +190,8 @@ fn conclude(state: &mut super::world::State, action: &Action, gave: &Gave, undos
 }
 
 fn stores(world: &Arc<World>, life: Life) -> Result<Stores> {
-    let config = StoreConfig {
-        id: StoreId::parse("test").unwrap(),
-        root: "/nowhere".to_owned(),
-        url: None,
-        aliases: Vec::new(),
-        backing: Style::Relative,
-        layout: qchain::cloudstack::paths::Layout::Secondary,
-    };
     let backend: Arc<dyn Backend> = Arc::new(Shared::new(world, life));
-    Ok(Stores::new(vec![Store::open(config, backend)?])?.with_readers(1))
+    Ok(try_open_with(Path::new("/nowhere"), backend)?.with_readers(1))
 }
 
 fn attempt(world: &Arc<World>, life: Life, action: &Action) -> Result<Gave> {

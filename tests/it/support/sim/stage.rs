@@ -5,9 +5,10 @@ use std::sync::{Arc, OnceLock};
 use qchain::backend::memory::MemoryStore;
 use qchain::backend::{Backend, Capabilities, Identity};
 use qchain::ids::StorePath;
-use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord, ZoneStore};
+use qchain::store::record::{DIRECTORIES, StoreKind, StoreRecord};
 
 use super::super::builder::{Cell, Format, Spec, mix};
+use super::super::store::record;
 
 /// Clusters of each disk.
 pub const CLUSTERS: u64 = 6;
@@ -133,25 +134,17 @@ pub fn build(store: MemoryStore, layout: Layout, template: &Template) -> Arc<Mem
     for name in DIRECTORIES {
         directory(&store, &path(".qchain").join(name).unwrap());
     }
-    let zone = vec![ZoneStore { id: "one".to_owned(), name: "test".to_owned() }];
-    let record = StoreRecord {
-        schema: 1,
-        id: "one".to_owned(),
-        format: 1,
-        least_writer: 1,
-        kind: layout.0,
-        zone,
-        // As `init` leaves it where locks are seen across processes: without that nothing is merged in place.
-        capabilities: Some(Capabilities {
-            clone: false,
-            clone_alignment: 0,
-            hard_links: true,
-            byte_range_locks: true,
-            rename_exchange: true,
-            direct_io: false,
-            network: false,
-        }),
-    };
+    // As `init` leaves it where locks are seen across processes: without that nothing is merged in place.
+    let capabilities = Some(Capabilities {
+        clone: false,
+        clone_alignment: 0,
+        hard_links: true,
+        byte_range_locks: true,
+        rename_exchange: true,
+        direct_io: false,
+        network: false,
+    });
+    let record = StoreRecord { capabilities, ..record("one", layout.0) };
     put(&store, &path(".qchain/store.json"), &record.encode());
     for (number, member) in template.members.iter().enumerate() {
         let name = layout.member(&member.name);
