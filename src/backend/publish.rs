@@ -45,22 +45,32 @@ pub fn temporary_in(directory: &StorePath) -> Result<StorePath> {
 pub fn publish(backend: &dyn Backend, temporary: &StorePath, target: &StorePath) -> Result<()> {
     let file = backend.open(temporary)?;
     file.sync()?;
+    move_over(backend, file.as_ref(), temporary, target)?;
+    sync_directories(backend, temporary, target)
+}
+
+/// Gives a durable file the name `target`, free or not; that is not durable yet.
+fn move_over(
+    backend: &dyn Backend,
+    file: &dyn StoreFile,
+    temporary: &StorePath,
+    target: &StorePath,
+) -> Result<()> {
     let new = file.stat()?.id;
     match backend.stat(target) {
         Ok(old) if old.kind != FileKind::File => {
             return Err(BackendError::NotPlain { path: target.to_string() });
         }
         // A rename would do nothing, report success, and leave both names.
-        Ok(old) if old.id == new => backend.remove_file(temporary)?,
+        Ok(old) if old.id == new => backend.remove_file(temporary),
         Ok(_) | Err(BackendError::NotFound { .. }) => match backend.rename(temporary, target) {
             // A server that was asked twice, because its first answer was lost, says that the old name
             // does not exist: then the new one tells.
-            Err(BackendError::NotFound { .. }) if backend.stat(target).is_ok_and(|is| is.id == new) => {}
-            done => done?,
+            Err(BackendError::NotFound { .. }) if backend.stat(target).is_ok_and(|is| is.id == new) => Ok(()),
+            done => done,
         },
-        Err(error) => return Err(error),
+        Err(error) => Err(error),
     }
-    sync_directories(backend, temporary, target)
 }
 
 /// Gives the finished file at `temporary` the name `target`, which must be free. Otherwise as [`publish`]. Where the
@@ -151,8 +161,10 @@ pub fn replace(
 ) -> Result<()> {
     let old = if keep_identity { Some(backend.open(path)?) } else { None };
     let temporary = temporary_in(directory)?;
-    let done =
-        stage(backend, &temporary, bytes, old.as_deref()).and_then(|_| publish(backend, &temporary, path));
+    // A power cut may bring the temporary's name back, which is swept: its directory is not made durable.
+    let done = stage(backend, &temporary, bytes, old.as_deref())
+        .and_then(|file| move_over(backend, file.as_ref(), &temporary, path))
+        .and_then(|()| backend.sync_dir(&path.parent()));
     if done.is_err() {
         // Best effort: the first error is the one to report, and a leftover is swept by its name.
         let _ = backend.remove_file(&temporary);

@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::publish::{link, take_identity};
+use crate::backend::publish::link;
 use crate::backend::{BackendError, LockKind, StoreFile};
 use crate::chain::delete::Merge;
 use crate::chain::graph::Key;
@@ -94,19 +94,40 @@ pub fn complete(
             }
         };
     }
-    let survivor = site.at(&publication.at)?;
-    let old = survivor.backend.open(&publication.at.path).map_err(survivor.failed("open"))?;
-    // One that somebody else put there since has nothing to give; publishing will see it.
-    if publication.old.is(&old.stat().map_err(survivor.failed("look at"))?) {
-        take_identity(old.as_ref(), file.as_ref()).map_err(at.failed("give owner and attributes to"))?;
+    if identify(site, publication, &at, &file)? {
+        file.sync().map_err(at.failed("make durable"))?;
     }
-    file.sync().map_err(at.failed("make durable"))?;
     carry_over(site, publication, &at, &file)?;
     link(at.backend, &lowest.path, &publication.from).map_err(at.failed("give a second name to"))?;
     if let Some(held) = held {
         decided.keep_writers_out(held);
     }
     Ok(Ok(()))
+}
+
+/// Gives the file the identity of the survivor's old one, unless it has that: what an earlier attempt gave it was made
+/// durable by the switch. Who put another one there since, or none, has nothing to give; publishing will see it.
+fn identify(
+    site: &Site<'_>,
+    publication: &Publication,
+    at: &At<'_>,
+    file: &Arc<dyn StoreFile>,
+) -> Result<bool> {
+    let survivor = site.at(&publication.at)?;
+    let old = match survivor.backend.open(&publication.at.path) {
+        Ok(old) => old,
+        Err(BackendError::NotFound { .. }) => return Ok(false),
+        Err(source) => return Err(survivor.failed("open")(source)),
+    };
+    if !publication.old.is(&old.stat().map_err(survivor.failed("look at"))?) {
+        return Ok(false);
+    }
+    let identity = old.identity().map_err(survivor.failed("look at the owner of"))?;
+    if file.identity().map_err(at.failed("look at the owner of"))? == identity {
+        return Ok(false);
+    }
+    file.set_identity(&identity).map_err(at.failed("give owner and attributes to"))?;
+    Ok(true)
 }
 
 /// Leaves a merge alone whose survivor somebody else removed or replaced before it was made: the deleted member keeps
@@ -173,14 +194,12 @@ fn grow(
         switch_state(&plan.switch, file.as_ref()).map_err(image_failed)?,
         Switched::Done | Switched::Torn
     ) {
-        switch(&plan.switch, file.as_ref()).map_err(image_failed)?;
+        // Died between the switch and the second name: nothing of the other members is needed any more, nor asked for, as
+        // they may be gone by now.
+        return switch(&plan.switch, file.as_ref()).map_err(image_failed);
     }
     let (scan, merge) = find(site, plan)?;
     let input = MergeInput::open(site.stores, &scan, &merge)?;
-    if input.upper.images().last().is_some_and(|image| is_switched(image, plan)) {
-        // Died between the switch and the second name.
-        return Ok(());
-    }
     is_alone(site, &scan, &merge)?;
     let knowledge = known_before(site, publication, plan, (&scan, &merge, &input))?;
     let layout = input.layout_onto(Some(plan.base)).map_err(image_failed)?;
@@ -367,8 +386,12 @@ pub fn give_back(site: &Site<'_>, decided: &Decided<'_>) -> Result<bool> {
                 break;
             }
         }
-        file.sync().map_err(at.failed("make durable"))?;
-        mark_again(site.stores.get(at.key.store)?, &at.key.path, &file)?;
+        let store = site.stores.get(at.key.store)?;
+        // A manifest holds for what lasts. For nothing else it matters when the space is given back.
+        if shelf::read(store, &at.key.path, publication.new.inode)?.is_some() {
+            file.sync().map_err(at.failed("make durable"))?;
+            mark_again(store, &at.key.path, &file)?;
+        }
     }
     Ok(true)
 }

@@ -206,7 +206,9 @@ impl<'s> Operation<'s> {
         }
         let mut directories: Vec<(usize, StorePath)> = Vec::new();
         let stubs = commit.departures.iter().filter_map(|one| Some((&one.at, &one.stub.as_ref()?.from)));
-        let staged = commit.publications.iter().map(|one| (&one.at, &one.from)).chain(stubs);
+        // A merge in place has nothing yet that could get lost.
+        let written = commit.publications.iter().filter(|one| one.in_place.is_none());
+        let staged = written.map(|one| (&one.at, &one.from)).chain(stubs);
         for (place, from) in staged {
             let at = self.site.at(place)?;
             let directory = (at.key.store, from.parent());

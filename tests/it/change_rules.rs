@@ -183,6 +183,40 @@ fn what_is_not_merged_in_place_is_not_deleted() {
 }
 
 #[test]
+fn what_was_merged_in_place_is_published_whatever_becomes_of_the_deleted() {
+    let [linking @ .., _, _] = kinds();
+    for (kind, store) in linking {
+        let merged = Small::new(store(), 0);
+        let faulty = merged.faulty();
+        let terms = || Terms { retention_ns: 0, ..KEPT };
+        merged.delete(faulty.clone(), &["m1", "m2"], ModeChoice::InPlace, terms()).unwrap();
+        let written = |made: &Call| made.name == "write_at" && made.path == Small::member("m1");
+        let switch = faulty.trace().into_iter().rfind(written).and_then(|made| made.mutation).unwrap();
+        let mut saved = 0;
+        for (dies, removes) in (switch + 1..faulty.mutations()).flat_map(|dies| [(dies, true), (dies, false)])
+        {
+            let (small, context) = (Small::new(store(), 0), format!("{kind}, {dies}, removes: {removes}"));
+            let faulty = small.faulty();
+            faulty.fail_at(dies, EIO, Lasting::Dead);
+            let _ = small.delete(faulty, &["m1", "m2"], ModeChoice::InPlace, terms());
+            let unpublished = small.backing("m3").as_deref() == Some("m2");
+            if small.is_there("m2") && removes {
+                small.memory.remove_file(&Small::member("m2")).unwrap();
+            } else if small.is_there("m2") {
+                small.rebase("m2", "m0");
+            }
+            small.nobody_reads("m1");
+            small.nobody_reads("m2");
+            small.recover().unwrap();
+            small.check(&["m0", "m3"], &context);
+            assert_eq!(small.backing("m3").as_deref(), Some("m0"), "{context}");
+            saved += u32::from(unpublished);
+        }
+        assert!(saved > 2, "{kind}: {saved}");
+    }
+}
+
+#[test]
 fn what_is_decided_is_done_whatever_the_power_takes() {
     for (mode, stubs) in [(ModeChoice::Copy, false), (ModeChoice::Copy, true), (ModeChoice::InPlace, false)] {
         let mut decided = 0;
@@ -205,6 +239,28 @@ fn what_is_decided_is_done_whatever_the_power_takes() {
             faulty.mutations() > call
         });
         assert!(decided > 3, "{mode:?}, {stubs}: {decided}");
+    }
+}
+
+#[test]
+fn a_survivor_keeps_its_owner_whatever_the_power_takes() {
+    for mode in [ModeChoice::Copy, ModeChoice::InPlace] {
+        at_each_call(|call| {
+            let (small, context) = (Small::new(kinds()[0].1(), 0), format!("{mode:?}, {call}"));
+            small.give_to("m2", 107);
+            let others = small.owner("m3");
+            let faulty = small.faulty();
+            faulty.fail_at(call, EIO, Lasting::Dead);
+            let _ = small.delete(faulty.clone(), &["m1"], mode, Terms { retention_ns: 0, ..KEPT });
+            small.memory.crash();
+            // And once more, right after the recovery.
+            for _ in 0..2 {
+                small.recover().unwrap();
+                small.memory.crash();
+                assert_eq!((small.owner("m2"), small.owner("m3")), ((107, 0o640), others), "{context}");
+            }
+            faulty.mutations() > call
+        });
     }
 }
 

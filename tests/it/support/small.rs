@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qchain::backend::Backend;
 use qchain::backend::faulty::Faulty;
 use qchain::backend::memory::MemoryStore;
+use qchain::backend::{Backend, Identity};
 use qchain::change::history::Done;
 use qchain::change::recover::Recovered;
 use qchain::change::witness::Witness;
@@ -168,6 +168,20 @@ impl Small {
 
     pub fn is_there(&self, name: &str) -> bool {
         self.memory.stat(&LAYOUT.member(name)).is_ok()
+    }
+
+    /// Somebody gives a member away, durably.
+    pub fn give_to(&self, name: &str, uid: u32) {
+        let file = self.memory.open_writable(&LAYOUT.member(name)).unwrap();
+        let identity = Identity { uid, mode: 0o640, ..file.identity().unwrap() };
+        file.set_identity(&identity).unwrap();
+        file.sync().unwrap();
+    }
+
+    /// Whose a member is, and its mode.
+    pub fn owner(&self, name: &str) -> (u32, u32) {
+        let identity = self.memory.open(&LAYOUT.member(name)).unwrap().identity().unwrap();
+        (identity.uid, identity.mode)
     }
 
     /// What a member says that it stands on.
