@@ -13,9 +13,11 @@ use crate::units::{ClusterBits, HostOffset};
 
 /// How much of a block is read at once, in bytes; a smaller block is read whole.
 const PAGE_BYTES: u64 = 4096;
+/// The same where all blocks are kept, so that none is read twice: on a mount each read waits for the server.
+const LARGE_PAGE_BYTES: u64 = 64 << 10;
 
-/// How many pages are kept: 4 MiB.
-const PAGES: usize = 1024;
+/// How much of the blocks is kept, in bytes.
+const KEPT_BYTES: u64 = 4 << 20;
 
 /// The refcount table, and the pages of its blocks that were used last.
 #[derive(Debug)]
@@ -27,6 +29,7 @@ pub(in crate::qcow2) struct Stored<'a> {
     /// How many entries a page and a block have: powers of two.
     per_page: u64,
     per_block: u64,
+    page_bytes: u64,
     pages: HashMap<u64, Arc<[u8]>>,
     /// The page that was used last: mostly the next one is the same.
     last: Option<(u64, Arc<[u8]>)>,
@@ -42,13 +45,17 @@ impl<'a> Stored<'a> {
         // The header's parser has refused wider ones.
         let width = RefcountWidth::new(header.refcount_order).unwrap_or(RefcountWidth::DEFAULT);
         let bits = header.cluster_bits;
+        let blocks = table.as_chunks::<8>().0.iter().filter(|entry| **entry != [0; 8]).count() as u64;
+        let all_kept = blocks.saturating_mul(bits.bytes()) <= KEPT_BYTES;
+        let page_bytes = if all_kept { LARGE_PAGE_BYTES } else { PAGE_BYTES }.min(bits.bytes());
         Ok(Self {
             image,
             bits,
             width,
             table,
-            per_page: width.entries_in(PAGE_BYTES.min(bits.bytes())),
+            per_page: width.entries_in(page_bytes),
             per_block: width.entries_per_block(bits),
+            page_bytes,
             last: None,
             pages: HashMap::new(),
             holes: Holes::default(),
@@ -102,10 +109,6 @@ impl<'a> Stored<'a> {
         block.is_some_and(|host| self.holes.is_known(&(host.0..host.0.saturating_add(self.bits.bytes()))))
     }
 
-    fn page_bytes(&self) -> u64 {
-        PAGE_BYTES.min(self.bits.bytes())
-    }
-
     /// The page that a cluster's count is in; `None` if all of it is 0 for want of one.
     fn page(&mut self, cluster: u64) -> Result<Option<&[u8]>> {
         let key = cluster / self.per_page;
@@ -123,13 +126,13 @@ impl<'a> Stored<'a> {
         }
         let cluster = key.saturating_mul(self.per_page);
         let Ok(Some(host)) = self.block(cluster / self.per_block) else { return Ok(None) };
-        let offset = cluster % self.per_block / self.per_page * self.page_bytes();
-        if self.holes.absent(self.image, host.plus(offset), self.page_bytes())? {
+        let offset = cluster % self.per_block / self.per_page * self.page_bytes;
+        if self.holes.absent(self.image, host.plus(offset), self.page_bytes)? {
             return Ok(None);
         }
-        let mut page = vec![0; usize::try_from(self.page_bytes()).unwrap_or_default()];
+        let mut page = vec![0; usize::try_from(self.page_bytes).unwrap_or_default()];
         self.image.read_data(host.plus(offset), &mut page)?;
-        if self.pages.len() >= PAGES {
+        if self.pages.len() as u64 * self.page_bytes >= KEPT_BYTES {
             self.pages.clear();
         }
         let page: Arc<[u8]> = page.into();

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::{Limits, Report, check};
 use crate::failure::Code;
+use crate::qcow2::check::stored::Stored;
 use crate::qcow2::format as f;
 use crate::qcow2::image::testing::{Draft, open};
 
@@ -37,6 +38,35 @@ fn a_sound_image() {
     assert_eq!(report.findings, []);
     assert_eq!(report.used_clusters, 8);
     assert!(!report.is_damaged() && !report.incomplete && !report.dirty);
+}
+
+/// Blocks that are few enough are kept whole, and read in larger pages than others.
+#[test]
+fn stored_counts_are_those_of_their_blocks_however_many_there_are() {
+    let per_block = K64 / 2;
+    for blocks in [1, 3, 64, 65, 200] {
+        let mut draft = sound();
+        // The table's blocks lie in clusters 8 and 9, in turn.
+        for index in 0..blocks {
+            draft.put(K64 + 8 * index, (8 + index % 2) * K64);
+        }
+        let count =
+            |cluster: u64| u16::try_from((cluster / per_block % 2) * 7 + cluster % 5003 % 11).unwrap();
+        draft.put(10 * K64 - 8, 0);
+        for cluster in 0..2 * per_block {
+            let at = usize::try_from(8 * K64 + 2 * cluster).unwrap();
+            draft.bytes[at..at + 2].copy_from_slice(&count(cluster).to_be_bytes());
+        }
+        let image = draft.open();
+        let mut stored = Stored::read(&image).unwrap();
+        let mut clusters: Vec<u64> = (0..blocks * per_block).step_by(997).collect();
+        clusters.extend((0..blocks).flat_map(|block| [block * per_block, (block + 1) * per_block - 1]));
+        for cluster in clusters {
+            let expected = u64::from(count(cluster % (2 * per_block)));
+            assert_eq!(stored.get(cluster).unwrap(), expected, "{cluster} of {blocks} blocks");
+        }
+        assert_eq!(stored.get(blocks * per_block).unwrap(), 0);
+    }
 }
 
 #[test]
