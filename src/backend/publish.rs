@@ -58,9 +58,7 @@ fn move_over(
 ) -> Result<()> {
     let new = file.stat()?.id;
     match backend.stat(target) {
-        Ok(old) if old.kind != FileKind::File => {
-            return Err(BackendError::NotPlain { path: target.to_string() });
-        }
+        Ok(old) if old.kind != FileKind::File => Err(BackendError::NotPlain { path: target.to_string() }),
         // A rename would do nothing, report success, and leave both names.
         Ok(old) if old.id == new => backend.remove_file(temporary),
         Ok(_) | Err(BackendError::NotFound { .. }) => match backend.rename(temporary, target) {

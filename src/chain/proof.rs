@@ -22,6 +22,13 @@ pub struct Proof {
     pub compared_bytes: u64,
 }
 
+impl std::ops::AddAssign for Proof {
+    fn add_assign(&mut self, other: Self) {
+        self.planned_bytes += other.planned_bytes;
+        self.compared_bytes += other.compared_bytes;
+    }
+}
+
 /// Why a new image does not replace the old chain.
 #[derive(Debug, thiserror::Error)]
 pub enum ProofError<E: std::error::Error + 'static> {
@@ -63,9 +70,21 @@ pub fn prove<E: std::error::Error>(
     old: impl Iterator<Item = Result<Run, E>>,
     new: impl Iterator<Item = Result<Run, E>>,
     below_end: u64,
+    equal: impl FnMut(&[Range]) -> Result<Option<Range>, E>,
+) -> Result<Proof, ProofError<E>> {
+    prove_moves(layout)?;
+    prove_part(layout, old, new, below_end, equal)
+}
+
+/// As [`prove`], for one part of the disk, which both maps cover; cut at cluster boundaries. All parts together with
+/// [`prove_moves`] prove the whole.
+pub fn prove_part<E: std::error::Error>(
+    layout: &Layout,
+    old: impl Iterator<Item = Result<Run, E>>,
+    new: impl Iterator<Item = Result<Run, E>>,
+    below_end: u64,
     mut equal: impl FnMut(&[Range]) -> Result<Option<Range>, E>,
 ) -> Result<Proof, ProofError<E>> {
-    check_moves(layout)?;
     let mut proof = Proof::default();
     let mut ranges = Vec::new();
     let mut pairs = Pairs { old, new, held: (None, None) };
@@ -117,7 +136,7 @@ fn compare<E: std::error::Error>(
 
 /// The moves come from walking a set, the entries from ranks in it, the proof from selecting in it: each
 /// move's both ends must select to where it was moved from.
-fn check_moves<E: std::error::Error>(layout: &Layout) -> Result<(), ProofError<E>> {
+pub fn prove_moves<E: std::error::Error>(layout: &Layout) -> Result<(), ProofError<E>> {
     for moved in layout.moves() {
         for offset in [0, moved.length - 1] {
             let to = HostOffset(moved.to + offset);

@@ -8,7 +8,7 @@
 //! not hidden by newer ones, times the logarithm of the number of layers.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap};
+use std::collections::BinaryHeap;
 
 use crate::qcow2::map::{Content, Extent, ExtentKind, Run, coalesce};
 use crate::units::GuestOffset;
@@ -50,8 +50,8 @@ pub fn view<L: Layer>(
         end: GuestOffset(end),
         failed: false,
         ends: BinaryHeap::new(),
-        deciding: BTreeSet::new(),
-        unknown: (0..layers.len()).collect(),
+        deciding: Layers::none(layers.len()),
+        unknown: Layers::all(layers.len()),
     })
 }
 
@@ -65,9 +65,9 @@ struct View<L: Layer> {
     /// Where the extent ends in which each known layer is.
     ends: BinaryHeap<Reverse<(GuestOffset, usize)>>,
     /// The known layers that say something at the position.
-    deciding: BTreeSet<usize>,
+    deciding: Layers,
     /// The layers of which what was known has ended.
-    unknown: BTreeSet<usize>,
+    unknown: Layers,
 }
 
 impl<L: Layer> View<L> {
@@ -78,22 +78,22 @@ impl<L: Layer> View<L> {
             && end <= start
         {
             self.ends.pop();
-            self.deciding.remove(&layer);
+            self.deciding.remove(layer);
             self.unknown.insert(layer);
         }
-        while let Some(layer) = self.unknown.first().copied()
-            && self.deciding.first().is_none_or(|decides| layer < *decides)
+        while let Some(layer) = self.unknown.first()
+            && self.deciding.first().is_none_or(|decides| layer < decides)
             && let Some(cursor) = self.cursors.get_mut(layer)
         {
             let extent = cursor.at(start)?;
-            self.unknown.remove(&layer);
+            self.unknown.remove(layer);
             self.ends.push(Reverse((extent.end(), layer)));
             if extent.kind != ExtentKind::Below {
                 self.deciding.insert(layer);
             }
         }
         let end = self.ends.peek().map_or(self.end, |Reverse((end, _))| self.end.min(*end));
-        let decides = self.deciding.first().copied();
+        let decides = self.deciding.first();
         let extent = decides.and_then(|layer| Some((layer, self.cursors.get(layer)?.current?)));
         let content = match extent {
             None => Content::Below,
@@ -127,6 +127,38 @@ impl<L: Layer> Iterator for View<L> {
             Err(_) => self.failed = true,
         }
         Some(resolved)
+    }
+}
+
+/// A set of layers, a bit each: it changes with every extent, and the newest in it is what is asked for.
+struct Layers(Vec<u64>);
+
+impl Layers {
+    fn none(count: usize) -> Self {
+        Self(vec![0; count.div_ceil(64)])
+    }
+
+    fn all(count: usize) -> Self {
+        let mut all = Self::none(count);
+        (0..count).for_each(|layer| all.insert(layer));
+        all
+    }
+
+    fn insert(&mut self, layer: usize) {
+        if let Some(word) = self.0.get_mut(layer / 64) {
+            *word |= 1 << (layer % 64);
+        }
+    }
+
+    fn remove(&mut self, layer: usize) {
+        if let Some(word) = self.0.get_mut(layer / 64) {
+            *word &= !(1 << (layer % 64));
+        }
+    }
+
+    fn first(&self) -> Option<usize> {
+        let (at, word) = self.0.iter().enumerate().find(|(_, word)| **word != 0)?;
+        Some(at * 64 + word.trailing_zeros() as usize)
     }
 }
 

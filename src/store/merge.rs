@@ -59,6 +59,38 @@ impl Cost {
     }
 }
 
+/// A run without the units that are known to be zeros, in pieces.
+struct Cut<'a> {
+    filled: Option<&'a (HostSet, u64)>,
+    rest: Option<std::result::Result<Run, ImageError>>,
+}
+
+impl Iterator for Cut<'_> {
+    type Item = std::result::Result<Run, ImageError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let run = match self.rest.take()? {
+            Ok(run) => run,
+            error => return Some(error),
+        };
+        let Some((filled, unit)) = self.filled.filter(|_| matches!(run.content, Content::Data { .. })) else {
+            return Some(Ok(run));
+        };
+        let first = run.start.0 / unit;
+        let (count, zero) = match filled.run_from(first) {
+            0 => (filled.gap_from(first), true),
+            count => (count, false),
+        };
+        let end = GuestOffset(first.saturating_add(count).saturating_mul(*unit));
+        let mut part = run.clip(run.start, end)?;
+        self.rest = run.clip(part.end(), run.end()).map(Ok);
+        if zero {
+            part.content = Content::Zero;
+        }
+        Some(Ok(part))
+    }
+}
+
 impl MergeInput {
     /// Opens the survivor's chain and works out the image that replaces it.
     pub fn open(stores: &Stores, scan: &Scan, merge: &Merge) -> Result<Self> {
@@ -118,36 +150,18 @@ impl MergeInput {
 
     /// The map of the members that become one; what is known to be zeros is zeros, whatever holds them.
     pub fn map(&self) -> impl Iterator<Item = std::result::Result<Run, ImageError>> + Send + '_ {
-        self.upper.map().flat_map(|run| match run {
-            Ok(run) => self.cut(run),
-            error => vec![error],
-        })
+        self.map_range(GuestOffset(0), GuestOffset(u64::MAX))
     }
 
-    /// A run without the units that are known to be zeros.
-    fn cut(&self, run: Run) -> Vec<std::result::Result<Run, ImageError>> {
-        let Some((filled, unit)) =
-            self.filled.as_ref().filter(|_| matches!(run.content, Content::Data { .. }))
-        else {
-            return vec![Ok(run)];
-        };
-        let mut parts = Vec::new();
-        let mut at = run.start;
-        while at < run.end() {
-            let first = at.0 / unit;
-            let (count, zero) = match filled.run_from(first) {
-                0 => (filled.gap_from(first), true),
-                count => (count, false),
-            };
-            let end = GuestOffset(first.saturating_add(count).saturating_mul(*unit));
-            let Some(mut part) = run.clip(at, end) else { break };
-            at = part.end();
-            if zero {
-                part.content = Content::Zero;
-            }
-            parts.push(Ok(part));
-        }
-        parts
+    /// The map of a part of it.
+    pub fn map_range(
+        &self,
+        from: GuestOffset,
+        to: GuestOffset,
+    ) -> impl Iterator<Item = std::result::Result<Run, ImageError>> + Send + '_ {
+        self.upper
+            .map_range(from, to)
+            .flat_map(move |run| Cut { filled: self.filled.as_ref(), rest: Some(run) })
     }
 
     /// Lays the image out: one pass over the tables of the members concerned.

@@ -65,14 +65,15 @@ impl Extents {
     /// What is at `self.at`, up to the end of that subcluster run, cluster or L2 table's range.
     fn piece(&mut self) -> Result<Extent> {
         let start = GuestOffset(self.at);
+        // A power of two; divisions would be a third of the time here.
         let per_table = self.format.bytes_per_table();
-        let l1_index = self.at / per_table;
+        let l1_index = self.at >> per_table.trailing_zeros();
         let Some(table) = self.table_of(l1_index)? else {
             let end = (l1_index + 1).saturating_mul(per_table);
             return Ok(self.clip(start, end - self.at, ExtentKind::Below));
         };
         let bits = self.format.cluster_bits;
-        let index = (self.at % per_table) >> bits.bits();
+        let index = (self.at & (per_table - 1)) >> bits.bits();
         let entry = self.entry(table, index)?;
         let within = bits.within(self.at);
         let rest = bits.bytes() - within;

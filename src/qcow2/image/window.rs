@@ -29,7 +29,7 @@ impl Window {
         table_bytes: u64,
         offset: u64,
     ) -> Result<&[u8]> {
-        let start = offset - offset % self.bytes;
+        let start = offset & !(self.bytes - 1);
         if self.place != Some((host, start)) {
             self.place = None;
             let length = self.bytes.min(table_bytes.saturating_sub(start));

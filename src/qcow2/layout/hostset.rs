@@ -3,12 +3,16 @@
 //! Placing data in *source order* is what makes a merge cheap: neighbours in the source stay neighbours in
 //! the target, however scattered they are in the guest, so one clone or one large read moves many clusters.
 //! The set holds one bit a unit in chunks of 4,096, so memory follows the data (about 0.6 KiB per 4,096
-//! units: 2.4 MiB per TiB of 64 KiB clusters), not the declared length of a file.
+//! units: 2.4 MiB per TiB of 64 KiB clusters), not the declared length of a file. Within a chunk each group of
+//! 8 words knows how many units lie before it, so that neither rank nor select counts more than 8 words.
 
 use std::collections::BTreeMap;
 
 const WORDS: usize = 64;
 const CHUNK_UNITS: u64 = 64 * WORDS as u64;
+
+/// Words of which a chunk knows the units before them.
+const GROUP: usize = 8;
 
 type Words = [u64; WORDS];
 
@@ -30,7 +34,21 @@ struct Chunk {
     index: u64,
     /// How many units of the set lie in chunks before this one.
     before: u64,
+    /// The same within the chunk, before each group of its words.
+    groups: [u16; WORDS / GROUP],
     words: Box<Words>,
+}
+
+impl Chunk {
+    fn new(index: u64, before: u64, words: Box<Words>) -> (Self, u64) {
+        let mut groups = [0; WORDS / GROUP];
+        let mut count = 0;
+        for (group, words) in groups.iter_mut().zip(words.chunks(GROUP)) {
+            *group = count;
+            count += words.iter().map(|word| ones_in(*word)).sum::<u16>();
+        }
+        (Self { index, before, groups, words }, before + u64::from(count))
+    }
 }
 
 impl Collecting {
@@ -65,17 +83,33 @@ impl Collecting {
     #[must_use]
     pub fn finish(self) -> HostSet {
         let mut len = 0;
-        let chunks = self
-            .chunks
-            .into_iter()
-            .map(|(index, words)| {
-                let before = len;
-                len += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-                Chunk { index, before, words }
-            })
-            .collect();
+        let counted = |(index, words)| {
+            let (chunk, after) = Chunk::new(index, len, words);
+            len = after;
+            chunk
+        };
+        let chunks = self.chunks.into_iter().map(counted).collect();
         HostSet { chunks, len }
     }
+}
+
+/// How many units a word has: at most 64.
+#[expect(clippy::cast_possible_truncation, reason = "a word has 64 bits")]
+fn ones_in(word: u64) -> u16 {
+    word.count_ones() as u16
+}
+
+/// Where in a word the unit with that rank is; the word has as many.
+fn select_in(word: u64, rank: u16) -> u64 {
+    let (mut left, mut at) = (rank, 0);
+    for width in [32, 16, 8, 4, 2, 1] {
+        let count = ones_in(word >> at & ones(width));
+        if left >= count {
+            left -= count;
+            at += width;
+        }
+    }
+    at
 }
 
 fn ones(count: u64) -> u64 {
@@ -122,10 +156,11 @@ impl HostSet {
         if word >> (unit % 64) & 1 == 0 {
             return None;
         }
-        let inside = usize::try_from(unit % CHUNK_UNITS).ok()?;
-        let whole: u64 = chunk.words.iter().take(inside / 64).map(|w| u64::from(w.count_ones())).sum();
-        let part = u64::from((word & ones(inside as u64 % 64)).count_ones());
-        Some(chunk.before + whole + part)
+        let inside = usize::try_from(unit % CHUNK_UNITS).ok()? / 64;
+        let group = inside / GROUP;
+        let words = chunk.words.get(group * GROUP..inside)?;
+        let whole = *chunk.groups.get(group)? + words.iter().map(|word| ones_in(*word)).sum::<u16>();
+        Some(chunk.before + u64::from(whole + ones_in(word & ones(unit % 64))))
     }
 
     /// The unit with that rank.
@@ -136,17 +171,14 @@ impl HostSet {
         }
         let after = self.chunks.partition_point(|chunk| chunk.before <= rank);
         let chunk = self.chunks.get(after.checked_sub(1)?)?;
-        let mut left = rank - chunk.before;
-        for (index, word) in chunk.words.iter().enumerate() {
-            let count = u64::from(word.count_ones());
+        let mut left = u16::try_from(rank - chunk.before).ok()?;
+        let group = chunk.groups.partition_point(|before| *before <= left).checked_sub(1)?;
+        left -= *chunk.groups.get(group)?;
+        let words = chunk.words.iter().enumerate().skip(group * GROUP).take(GROUP);
+        for (index, word) in words {
+            let count = ones_in(*word);
             if left < count {
-                let mut word = *word;
-                for _ in 0..left {
-                    word &= word - 1;
-                }
-                return Some(
-                    chunk.index * CHUNK_UNITS + index as u64 * 64 + u64::from(word.trailing_zeros()),
-                );
+                return Some(chunk.index * CHUNK_UNITS + index as u64 * 64 + select_in(*word, left));
             }
             left -= count;
         }

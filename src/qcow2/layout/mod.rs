@@ -396,10 +396,10 @@ impl Layout {
             let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
             let offset = host.0 - start;
             let set = self.moved.get(layer)?;
-            let from = set.select(offset / unit.bytes())?;
+            let from = set.select(offset >> unit.bits())?;
             let within = unit.within(offset);
-            let host = HostOffset(from * unit.bytes() + within);
-            Some(Origin::Moved { layer, host, length: set.run_from(from) * unit.bytes() - within })
+            let host = HostOffset((from << unit.bits()) + within);
+            Some(Origin::Moved { layer, host, length: (set.run_from(from) << unit.bits()) - within })
         });
         found.unwrap_or(Origin::Written)
     }
@@ -422,7 +422,7 @@ impl Layout {
     /// Where the cluster at `host` of a source goes.
     fn placed(&self, layer: usize, host: HostOffset) -> Option<HostOffset> {
         let unit = self.sources.get(layer)?.unit_bits(self.options.cluster_bits);
-        let rank = self.moved.get(layer)?.rank(host.0 / unit.bytes())?;
+        let rank = self.moved.get(layer)?.rank(host.0 >> unit.bits())?;
         if Some(layer) == self.kept_layer() {
             return Some(host);
         }
