@@ -60,9 +60,12 @@ impl Pace {
         Self(Arc::new(Limit { bytes_per_second, above, paid: Mutex::new(None) }))
     }
 
-    /// Changes the limit for what is spent from now on.
+    /// Changes the limit. Whoever waits goes on at once: what was spent before is paid for.
     pub fn set(&self, bytes_per_second: u64) {
-        self.0.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
+        let mut paid = self.0.paid.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.0.bytes_per_second.swap(bytes_per_second, Ordering::Relaxed) != bytes_per_second {
+            *paid = None;
+        }
     }
 
     /// The limit, in bytes a second; 0 for none.
@@ -82,26 +85,30 @@ impl Pace {
     }
 
     /// Waits until `bytes` more may be moved: as long as what was spent before takes at the limit. A stop
-    /// ends the wait.
+    /// ends the wait, and so does another limit.
     pub fn spend(&self, bytes: u64, cancel: &Cancel) {
         if let Some(above) = &self.0.above {
             above.spend(bytes, cancel);
         }
-        let rate = self.0.bytes_per_second.load(Ordering::Relaxed);
-        if rate == 0 || bytes == 0 {
+        if self.bytes_per_second() == 0 || bytes == 0 {
             return;
         }
         let now = Instant::now();
-        let start = {
+        let (rate, start) = {
             let mut paid = self.0.paid.lock().unwrap_or_else(PoisonError::into_inner);
+            // No other limit is set as long as this is locked.
+            let rate = self.bytes_per_second();
             let start = paid.unwrap_or(now).max(now);
-            let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate);
+            let Some(nanoseconds) = (u128::from(bytes) * 1_000_000_000).checked_div(u128::from(rate)) else {
+                return;
+            };
             let takes = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
             *paid = start.checked_add(takes);
-            start
+            (rate, start)
         };
         while let Some(left) = start.checked_duration_since(Instant::now())
             && !left.is_zero()
+            && self.bytes_per_second() == rate
             && cancel.check().is_ok()
         {
             std::thread::sleep(left.min(LONGEST_WAIT));
@@ -127,5 +134,29 @@ impl Cancel {
     /// Fails if a stop was asked for.
     pub fn check(&self) -> Result<(), Cancelled> {
         if self.0.load(Ordering::Relaxed) { Err(Cancelled) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cancel, Pace};
+
+    #[test]
+    fn who_waits_for_a_limit_goes_on_when_it_is_lifted() {
+        let (pace, cancel) = (Pace::new(1), Cancel::default());
+        let below = pace.within(u64::MAX);
+        std::thread::scope(|scope| {
+            // All but one of them wait for a few thousand years.
+            for _ in 0..3 {
+                scope.spawn(|| below.spend(1 << 37, &cancel));
+            }
+            std::thread::yield_now();
+            pace.set(0);
+        });
+        pace.spend(1 << 37, &cancel);
+        pace.set(1);
+        pace.spend(1 << 37, &cancel);
+        pace.set(2);
+        pace.spend(1 << 37, &cancel);
     }
 }
