@@ -374,16 +374,41 @@ pub struct Sealed {
 mod tests {
     use std::sync::Arc;
 
-    use super::{new_claim, take_back};
+    use super::{Operation, new_claim, take_back};
     use crate::backend::Backend;
     use crate::backend::faulty::{Faulty, Lasting};
     use crate::backend::memory::MemoryStore;
+    use crate::change::error::ChangeError;
     use crate::change::journal::{Found, Journal};
-    use crate::change::places::IntentName;
-    use crate::change::record::{Decision, OperationId, TreeId};
-    use crate::change::trial::{on, opted_in};
+    use crate::change::places::{self, IntentName};
+    use crate::change::record::{Decision, OperationId, Purpose, TreeId};
+    use crate::change::trial::{commit, on, opted_in};
 
     const EIO: i32 = 5;
+
+    /// Who took the lease over may have planned from what he saw, and not claimed anything yet.
+    #[test]
+    fn who_lost_his_lease_decides_nothing() {
+        for lost in [true, false] {
+            let backend = opted_in(MemoryStore::new()) as Arc<dyn Backend>;
+            let tree = TreeId::of(1);
+            on(&backend, |site| {
+                let operation = Operation::begin_in(site, 0, tree.clone(), Vec::new(), None).unwrap();
+                if lost {
+                    let lease = backend.open_writable(&places::lease(&tree)).unwrap();
+                    let mut other =
+                        br#"{"host":"b","process":"1","nonce":"2","counter":3,"free":false}"#.to_vec();
+                    other.resize(usize::try_from(lease.stat().unwrap().length).unwrap(), b' ');
+                    lease.write_at(0, &other).unwrap();
+                }
+                let decided = operation.decide(commit(Purpose::Delete, Vec::new()), &[]);
+                assert_eq!(matches!(&decided, Err(ChangeError::Busy { .. })), lost, "{:?}", decided.err());
+            });
+            let found = Journal::new(&backend).claim(&tree, 1).unwrap();
+            let Found::Record(claim) = &found else { panic!("{lost}: {found:?}") };
+            assert_eq!(claim.decision == Decision::Abort, lost);
+        }
+    }
 
     /// Others, on other hosts, live on when the store loses its power, and take the next number.
     #[test]
