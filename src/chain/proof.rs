@@ -63,21 +63,9 @@ pub enum ProofError<E: std::error::Error + 'static> {
 pub type Range = (GuestOffset, u64);
 
 /// Proves that `new` (the sealed image alone) equals `old` (the merged members, newest first) above the image
-/// that lies below both; both cover `[0, virtual size)`. `below_end` is where that image ends: from there
+/// that lies below both, over the part of the disk that both cover; parts are cut at cluster boundaries. All parts
+/// together with [`prove_moves`] prove the whole. `below_end` is where that image ends: from there
 /// on, "zero" and "below" are the same. `equal` reads ranges on both sides and gives the first that differs.
-pub fn prove<E: std::error::Error>(
-    layout: &Layout,
-    old: impl Iterator<Item = Result<Run, E>>,
-    new: impl Iterator<Item = Result<Run, E>>,
-    below_end: u64,
-    equal: impl FnMut(&[Range]) -> Result<Option<Range>, E>,
-) -> Result<Proof, ProofError<E>> {
-    prove_moves(layout)?;
-    prove_part(layout, old, new, below_end, equal)
-}
-
-/// As [`prove`], for one part of the disk, which both maps cover; cut at cluster boundaries. All parts together with
-/// [`prove_moves`] prove the whole.
 pub fn prove_part<E: std::error::Error>(
     layout: &Layout,
     old: impl Iterator<Item = Result<Run, E>>,

@@ -5,7 +5,7 @@
 //! What no layer decides is [`Content::Below`].
 //!
 //! Memory: one cursor a layer, each with whatever window its extents hold. Time: the extents of all layers that are
-//! not hidden by newer ones, times the logarithm of the number of layers.
+//! not hidden by newer ones, times the logarithm of the number of layers and, for 64 layers each, a look at a word.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

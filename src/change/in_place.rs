@@ -106,7 +106,8 @@ pub fn complete(
 }
 
 /// Gives the file the identity of the survivor's old one, unless it has that: what an earlier attempt gave it was made
-/// durable by the switch. Who put another one there since, or none, has nothing to give; publishing will see it.
+/// durable by the switch. `true`: it is to be made durable. Who put another one there since, or none, has nothing to give;
+/// publishing will see it.
 fn identify(
     site: &Site<'_>,
     publication: &Publication,

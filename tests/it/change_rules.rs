@@ -44,6 +44,12 @@ fn takes(faulty: &Faulty, from: u64, name: &str) -> Option<Call> {
     faulty.trace().into_iter().find(|made| later(made) && made.from.as_ref() == Some(&member))
 }
 
+/// The mutating call that switches a member's file over: the last that writes into it.
+fn switches(faulty: &Faulty, name: &str) -> Option<u64> {
+    let written = |made: &Call| made.name == "write_at" && made.path == Small::member(name);
+    faulty.trace().into_iter().rfind(written).and_then(|made| made.mutation)
+}
+
 /// Which member is deleted.
 #[derive(Clone, Copy, Debug)]
 enum Deleted {
@@ -168,10 +174,8 @@ fn what_is_not_merged_in_place_is_not_deleted() {
         let terms = Terms { retention_ns: 0, ..KEPT };
         let _ = small.delete(faulty.clone(), &["m2"], ModeChoice::InPlace, terms);
         small.recover().unwrap();
-        // Between the last look and the switch, the last that is written into the file, nobody can notice it.
-        let written = |made: &Call| made.name == "write_at" && made.path == Small::member("m2");
-        let switch = faulty.trace().into_iter().rfind(written).and_then(|made| made.mutation);
-        if gave.get() == Some(&true) && switch != Some(call) {
+        // Between the last look and the switch nobody can notice it.
+        if gave.get() == Some(&true) && switches(&faulty, "m2") != Some(call) {
             left += 1;
             small.check(&["m2"], &context);
         }
@@ -190,8 +194,7 @@ fn what_was_merged_in_place_is_published_whatever_becomes_of_the_deleted() {
         let faulty = merged.faulty();
         let terms = || Terms { retention_ns: 0, ..KEPT };
         merged.delete(faulty.clone(), &["m1", "m2"], ModeChoice::InPlace, terms()).unwrap();
-        let written = |made: &Call| made.name == "write_at" && made.path == Small::member("m1");
-        let switch = faulty.trace().into_iter().rfind(written).and_then(|made| made.mutation).unwrap();
+        let switch = switches(&faulty, "m1").unwrap();
         let mut saved = 0;
         for (dies, removes) in (switch + 1..faulty.mutations()).flat_map(|dies| [(dies, true), (dies, false)])
         {

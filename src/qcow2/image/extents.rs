@@ -65,7 +65,7 @@ impl Extents {
     /// What is at `self.at`, up to the end of that subcluster run, cluster or L2 table's range.
     fn piece(&mut self) -> Result<Extent> {
         let start = GuestOffset(self.at);
-        // A power of two; divisions would be a third of the time here.
+        // A power of two: no division for each entry.
         let per_table = self.format.bytes_per_table();
         let l1_index = self.at >> per_table.trailing_zeros();
         let Some(table) = self.table_of(l1_index)? else {

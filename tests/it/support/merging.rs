@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use qchain::backend::memory::MemoryStore;
 use qchain::backend::{Backend, StoreFile};
-use qchain::chain::proof::{Proof, ProofError, prove};
+use qchain::chain::proof::{Proof, ProofError, prove_moves, prove_part};
 use qchain::ids::StorePath;
 use qchain::progress::{Cancel, Pace, Silent};
 use qchain::qcow2::layout::{Backing, ImageOptions, Layout};
@@ -165,7 +165,8 @@ pub fn proof(
     let old = OpenChain::of(upper.images().cloned().chain(below()).collect());
     let new = OpenChain::of(std::iter::once(image.clone()).chain(below()).collect());
     let alone = OpenChain::of(vec![image]);
-    prove(layout, upper.map(), alone.map(), lower.virtual_size(), |ranges| {
+    prove_moves(layout)?;
+    prove_part(layout, upper.map(), alone.map(), lower.virtual_size(), |ranges| {
         for (at, length) in ranges {
             let length = usize::try_from(*length).unwrap();
             let (mut a, mut b) = (vec![0; length], vec![0; length]);
